@@ -1,0 +1,1 @@
+"""The command line, the studio and the server: thin layers over `compose`."""

@@ -1,0 +1,10 @@
+"""Where the bundled files lie: base model, CLIP, starter adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+BASE = ROOT / "compose-mini"  # a plain diffusers folder
+CLIP = ROOT / "clip"  # open-clip model config, weights, tokenizer
+ADAPTERS = ROOT / "adapters"  # starter library: *.safetensors with previews and cards beside them

@@ -1,0 +1,1 @@
+"""See compose/plan.py and docs."""

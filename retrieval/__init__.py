@@ -1,0 +1,1 @@
+"""Cards, library, index and selection: which adapters fit a prompt."""
