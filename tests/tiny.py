@@ -297,14 +297,14 @@ def sd3() -> StableDiffusion3Pipeline:
 
 def _flux_parts() -> dict[str, Any]:
     tokenizer, long = clip_tokenizer(), t5_tokenizer()
-    return dict(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=_vae(4, 0.3611, 0.1159, quant=False),
-        text_encoder=_clip_text(tokenizer),
-        tokenizer=tokenizer,
-        text_encoder_2=_t5(long),
-        tokenizer_2=long,
-        transformer=FluxTransformer2DModel(
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": _vae(4, 0.3611, 0.1159, quant=False),
+        "text_encoder": _clip_text(tokenizer),
+        "tokenizer": tokenizer,
+        "text_encoder_2": _t5(long),
+        "tokenizer_2": long,
+        "transformer": FluxTransformer2DModel(
             patch_size=1,
             in_channels=16,
             num_layers=2,
@@ -316,7 +316,7 @@ def _flux_parts() -> dict[str, Any]:
             axes_dims_rope=(4, 6, 6),
             guidance_embeds=True,
         ),
-    )
+    }
 
 
 @_seeded
@@ -332,27 +332,27 @@ def kontext() -> FluxKontextPipeline:
 @_seeded
 def qwen_image() -> QwenImagePipeline:
     tokenizer = qwen_tokenizer()
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
-    )
-    vision = dict(
-        depth=1,
-        hidden_size=16,
-        intermediate_size=16,
-        num_heads=2,
-        out_hidden_size=16,
-        patch_size=2,
-        window_size=4,
-        fullatt_block_indexes=[0],
-    )
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "patch_size": 2,
+        "window_size": 4,
+        "fullatt_block_indexes": [0],
+    }
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
         vae=AutoencoderKLQwenImage(
@@ -425,16 +425,16 @@ PIPELINES: dict[str, Callable[[int], DiffusionPipeline]] = {
     "z-image": z_image,
 }
 
-_SIZE: dict[str, Any] = dict(height=SIDE, width=SIDE, num_inference_steps=2, output_type="np")
+_SIZE: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "np"}
 CALL: dict[str, dict[str, Any]] = {
-    "sd15": _SIZE | dict(guidance_scale=4.0),
-    "sdxl": _SIZE | dict(guidance_scale=4.0),
-    "sd3": _SIZE | dict(guidance_scale=4.0, max_sequence_length=24),
-    "flux": _SIZE | dict(guidance_scale=3.5, max_sequence_length=24),
+    "sd15": _SIZE | {"guidance_scale": 4.0},
+    "sdxl": _SIZE | {"guidance_scale": 4.0},
+    "sd3": _SIZE | {"guidance_scale": 4.0, "max_sequence_length": 24},
+    "flux": _SIZE | {"guidance_scale": 3.5, "max_sequence_length": 24},
     "kontext": _SIZE
-    | dict(guidance_scale=3.5, max_sequence_length=24, max_area=SIDE * SIDE, _auto_resize=False),
-    "qwen-image": _SIZE | dict(negative_prompt=" ", true_cfg_scale=3.0),
-    "z-image": _SIZE | dict(guidance_scale=3.0, max_sequence_length=48),
+    | {"guidance_scale": 3.5, "max_sequence_length": 24, "max_area": SIDE * SIDE, "_auto_resize": False},
+    "qwen-image": _SIZE | {"negative_prompt": " ", "true_cfg_scale": 3.0},
+    "z-image": _SIZE | {"guidance_scale": 3.0, "max_sequence_length": 48},
 }
 
 
