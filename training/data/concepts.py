@@ -6,9 +6,11 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+NEAR = 0.35  # sentence-embedding cosine; below it tags are moods or topics ("classy", "consider"), not names
 SPLIT_FILE = Path(__file__).with_name("split.json")
 
 BASE_STYLES = ("noto", "twemoji", "fluent-flat", "emojione", "streamline")
@@ -68,10 +70,16 @@ def make_split(index: dict, *, base: int = 608, zoo: int = 250, test: int = 150,
     return {slug: "base" if i < base else "zoo" if i < base + zoo else "test" for i, slug in enumerate(ranked)}
 
 
-def write_split(index: dict, path: Path = SPLIT_FILE) -> None:
-    """Fix the split and every concept's words in one file of the repository."""
+def write_split(index: dict, nearness: Callable[[str, str], float], path: Path = SPLIT_FILE) -> None:
+    """Fix the split and every concept's words in one file of the repository.
+
+    `nearness(label, word)` in [-1, 1] says how well a word means the label; words under NEAR stay tags only."""
     parts = make_split(index)
-    rows = {slug: {"part": parts[slug], **concept} for slug, concept in sorted(index["concepts"].items())}
+    rows = {}
+    for slug, concept in sorted(index["concepts"].items()):
+        label = concept["label"].lower()
+        words = {*concept.pop("names"), *(t for t in concept["tags"] if re.fullmatch(r"[a-z][a-z '\-]{2,}", t))} - {label}
+        rows[slug] = {"part": parts[slug], **concept, "names": sorted(w for w in words if nearness(label, w) >= NEAR)}
     body = ",\n".join(f"  {json.dumps(slug)}: {json.dumps(row, ensure_ascii=False)}" for slug, row in rows.items())
     path.write_text(
         "{\n"
@@ -90,12 +98,12 @@ def load_concepts(path: Path = SPLIT_FILE) -> dict[str, Concept]:
 
 
 def _ways(row: dict) -> set[str]:
-    return {row["label"].lower(), *row["names"], *(tag for tag in row["tags"] if re.fullmatch(r"[a-z][a-z '\-]{2,}", tag))}
+    return {row["label"].lower(), *row["names"]}
 
 
 def _concept(slug: str, row: dict, said: set[str], count: Counter[str], labels: set[str]) -> Concept:
     label = row["label"].lower()
-    others = sorted(way for way in said if way != label and way not in labels)
+    others = sorted(way for way in said if way != label and way not in labels and way.removesuffix("s") not in said - {way})
     return Concept(
         slug=slug,
         part=row["part"],
