@@ -30,6 +30,10 @@ class BackendError(ComposeError):
     """A mix that the chosen backend cannot carry out."""
 
 
+class TrainingError(ComposeError):
+    """Training data or settings that cannot be used, or a run that went wrong."""
+
+
 def unknown(kind: str, given: str, choices: Iterable[str]) -> str:
     """One line that names the unknown `given`, its nearest names, and the choices (at most 12 shown)."""
     names = sorted(choices)
