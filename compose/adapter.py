@@ -35,10 +35,12 @@ class Sparse:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dense:
     """A delta that needs the base weight (LoKr, LoHa, DoRA, full difference): `compute(weight) -> delta`,
-    same shape as `weight`, float32. It can only be folded into the weights."""
+    same shape as `weight`, float32. It can only be folded into the weights. `shape` is given where `compute` reads
+    nothing of the weight but its shape (LoKr, LoHa, full difference)."""
 
     compute: Callable[[Tensor], Tensor]
     kind: str = "dense"
+    shape: tuple[int, ...] | None = None
 
 
 Delta = LowRank | Sparse | Dense
@@ -50,7 +52,8 @@ class Adapter:
 
     `deltas` and `biases` map a site to its change. A site is `component.module.path`, for example
     `transformer.transformer_blocks.0.attn.to_q` or `text_encoder.text_model.encoder.layers.0.mlp.fc1`.
-    `metadata` is the file's own header (strings), `path` and `sha256` say where it came from.
+    `metadata` is the file's own header (strings), `path` and `sha256` say where it came from, `unmatched` names what
+    of the file could not be understood, as "module: reason".
     """
 
     name: str
@@ -60,3 +63,4 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     path: str | None = None
     sha256: str | None = None
+    unmatched: tuple[str, ...] = ()

@@ -1,0 +1,143 @@
+"""Reading and writing safetensors with nothing taken on trust: the header is checked before any tensor is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compose.errors import AdapterError
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+FOLDER_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+MAX_HEADER = (
+    32 * 2**20
+)  # bytes; the largest header seen in the wild (tag counts of a big data set) is about 4 MiB
+
+
+def resolve(path: str | Path) -> Path:
+    """The safetensors file that `path` names: itself, or the one adapter file of a diffusers or peft folder."""
+    path = Path(path).expanduser()
+    if path.suffix.lower() in PICKLES:
+        raise AdapterError(
+            f"{path} is a pickle file, which can run code; it was not opened. Convert it to .safetensors"
+        )
+    if path.is_dir():
+        return _inside(path)
+    if not path.is_file():
+        raise AdapterError(f"{path} does not exist")
+    if path.suffix.lower() != ".safetensors":
+        raise AdapterError(f"{path} is not a .safetensors file; adapters are read from .safetensors only")
+    return path
+
+
+def _inside(folder: Path) -> Path:
+    named = [folder / name for name in FOLDER_NAMES if (folder / name).is_file()]
+    found = named or sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise AdapterError(f"{folder} holds {len(found)} adapter files; name the .safetensors file itself")
+    return found[0]
+
+
+def read_header(path: Path) -> dict:
+    """The checked JSON header of `path`; raises AdapterError where it cannot be one. Reads no tensor."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 10 or not 2 <= length <= min(size - 8, MAX_HEADER):
+                raise AdapterError(_bad_length(path, length, size))
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is damaged: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise AdapterError(f"{path} is damaged: its header is not a JSON object")
+    return header
+
+
+def _bad_length(path: Path, length: int, size: int) -> str:
+    return (
+        f"{path} is not a whole safetensors file: its header claims {length:,} bytes, "
+        f"the file has {size:,} and at most {MAX_HEADER:,} are accepted; fetch it again"
+    )
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The header's own strings (`__metadata__`)."""
+    metadata = read_header(path).get("__metadata__") or {}
+    if not isinstance(metadata, dict):
+        raise AdapterError(f"{path} is damaged: its metadata is not a JSON object")
+    return {
+        str(key): value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()
+    }
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of the file on the CPU in its stored dtype; raises AdapterError if damaged or not finite."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is damaged or truncated: {error}") from error
+    broken = [key for key, tensor in tensors.items() if not _finite(tensor)]
+    if broken:
+        raise AdapterError(
+            f"{path} holds NaN or infinite weights in {len(broken)} of {len(tensors)} tensors: {broken[0]}, ..."
+        )
+    return tensors
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
+    return bool(torch.isfinite(wide).all())
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of the file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file whole or not at all: a temporary neighbour is renamed over `path` at the end."""
+    path = Path(path).expanduser()
+    if path.suffix.lower() != ".safetensors":
+        raise AdapterError(f"{path} must end in .safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be written: {error.strerror}") from error
+    os.close(handle)
+    try:
+        save_file({key: _own(tensor) for key, tensor in tensors.items()}, draft, metadata=dict(metadata))
+        Path(draft).chmod(0o666 & ~_umask())
+        os.replace(draft, path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path} cannot be written: {error}; nothing was left behind") from error
+    finally:
+        Path(draft).unlink(missing_ok=True)
+    return path
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy of its own: sites split from one fused module share storage, which safetensors refuses."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
