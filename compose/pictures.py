@@ -1,0 +1,64 @@
+"""Pictures given with a request: a file or a `data:` URI, read once, with the digest that the record keeps."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+import PIL.ImageOps
+
+from compose.errors import RequestError
+
+_MARK = ";base64,"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """An image in RGB (or a mask in L, white where the base may draw), and the SHA-256 of the bytes it came from."""
+
+    image: PIL.Image.Image
+    sha256: str
+
+
+def read_picture(source: str, what: str = "image", mode: str = "RGB") -> Picture:
+    """The picture that `source` (a path or a `data:` URI) names, turned as its EXIF says.
+
+    Raises RequestError when there is none, or it is damaged.
+    """
+    data = _bytes(source, what)
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            upright = PIL.ImageOps.exif_transpose(image).convert(mode)
+    except (
+        PIL.UnidentifiedImageError,
+        PIL.Image.DecompressionBombError,
+        OSError,
+        ValueError,
+        SyntaxError,
+    ) as error:
+        raise RequestError(f"the {what} '{source[:80]}' is not a picture that can be read: {error}") from None
+    return Picture(image=upright, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _bytes(source: str, what: str) -> bytes:
+    if source.startswith("data:"):
+        try:
+            return base64.b64decode(source.partition(_MARK)[2], validate=True)
+        except binascii.Error as error:
+            raise RequestError(f"the {what} is a data: URI that is not base64: {error}") from None
+    try:
+        return Path(source).expanduser().read_bytes()
+    except OSError as error:
+        raise RequestError(f"cannot read the {what} '{source}': {error.strerror or error}") from None
+
+
+def as_uri(image: PIL.Image.Image) -> str:
+    """A picture in memory as a `data:` URI (PNG), so that a request and its record stay plain text."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png{_MARK}{base64.b64encode(buffer.getvalue()).decode()}"
