@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
+from compose.digest import write_atomic
 from compose.errors import AdapterError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
@@ -104,40 +102,22 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(wide).all())
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of the file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> Path:
     """Write a safetensors file whole or not at all: a temporary neighbour is renamed over `path` at the end."""
     path = Path(path).expanduser()
     if path.suffix.lower() != ".safetensors":
         raise AdapterError(f"{path} must end in .safetensors")
+    data = serialise({key: _own(tensor) for key, tensor in tensors.items()}, metadata=dict(metadata))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        write_atomic(path, data)
     except OSError as error:
-        raise AdapterError(f"{path} cannot be written: {error.strerror}") from error
-    os.close(handle)
-    try:
-        save_file({key: _own(tensor) for key, tensor in tensors.items()}, draft, metadata=dict(metadata))
-        Path(draft).chmod(0o666 & ~_umask())
-        os.replace(draft, path)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} cannot be written: {error}; nothing was left behind") from error
-    finally:
-        Path(draft).unlink(missing_ok=True)
+        raise AdapterError(
+            f"{path} cannot be written: {error.strerror or error}; nothing was left behind"
+        ) from error
     return path
 
 
 def _own(tensor: Tensor) -> Tensor:
     """A copy of its own: sites split from one fused module share storage, which safetensors refuses."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from compose.adapter import Adapter, Delta
+from compose.digest import file_digest
 from compose.errors import AdapterError
 from compose.formats import files
 from compose.formats.family import detect, from_metadata, from_widths
@@ -71,7 +72,7 @@ def load(path: str | Path, *, name: str | None = None, strict: bool = False) -> 
         biases=biases,
         metadata=metadata,
         path=str(path),
-        sha256=files.digest(path),
+        sha256=file_digest(path),
         unmatched=unmatched,
     )
 

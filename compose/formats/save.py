@@ -95,17 +95,25 @@ def _diffusers(adapter: Adapter, to: str) -> tuple[dict[str, Tensor], dict[str, 
 def _peft_config(ranks: Mapping[str, int], bias: bool) -> dict[str, object]:
     """peft settings under which every module's alpha equals its rank, whatever the mixture of ranks."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    other = {path: rank for path, rank in ranks.items() if rank != usual}
+    other = {_exactly(path): rank for path, rank in ranks.items() if rank != usual}
     return {
         "r": usual,
         "lora_alpha": usual,
-        "rank_pattern": {re.escape(path): rank for path, rank in other.items()},
-        "alpha_pattern": {re.escape(path): rank for path, rank in other.items()},
-        "target_modules": sorted(ranks),
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        "target_modules": sorted(path.removeprefix("text_model.") for path in ranks),
         "lora_bias": bias,
         "use_rslora": False,
         "use_dora": False,
     }
+
+
+def _exactly(path: str) -> str:
+    """A peft pattern for this module alone: peft also matches a plain name at the end of any longer one, and CLIP's
+    `text_model.` level is there or not by the version of transformers."""
+    if path.startswith("text_model."):
+        return rf"^(text_model\.)?{re.escape(path.removeprefix('text_model.'))}"
+    return f"^{re.escape(path)}"
 
 
 def _sparse(key: str, delta: Sparse) -> dict[str, Tensor]:
