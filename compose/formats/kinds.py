@@ -31,13 +31,18 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """alpha / rank (alpha / sqrt(rank) for rsLoRA); a missing alpha means scale 1."""
+    """alpha / rank (alpha / sqrt(rank) for rsLoRA); a missing alpha means scale 1.
+
+    `rank` is given where a config names it, as peft does for LoHa and LoKr; else the tensors tell.
+    """
 
     alpha: float | None = None
     rank_stabilised: bool = False
+    rank: int | None = None
 
-    def of(self, rank: int) -> float:
-        if self.alpha is None:
+    def of(self, rank: int | None) -> float:
+        rank = self.rank or rank
+        if self.alpha is None or rank is None:
             return 1.0
         return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
@@ -115,7 +120,7 @@ def _factor(parts: Parts, name: str) -> Tensor:
 def _lokr(parts: Parts, scaling: Scaling) -> Dense:
     """kron(w1, w2); alpha counts only where a factor is itself low-rank, as in LyCORIS."""
     inner = parts.get("lokr_w2_b", parts.get("lokr_w1_b"))
-    scale = scaling.of(inner.shape[0]) if inner is not None else 1.0
+    scale = scaling.of(None if inner is None else inner.shape[0])
     left, right = _factor(parts, "lokr_w1"), _factor(parts, "lokr_w2")
     shape = (left.shape[0] * right.shape[0], left.shape[1] * right.shape[1], *right.shape[2:])
 

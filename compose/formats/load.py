@@ -161,10 +161,12 @@ class Scalings:
             return Scaling(float(parts["alpha"].float().mean()))
         component, _, path = site.partition(".")
         config = self._configs.get(component) or self._configs.get("")
-        if not config or not isinstance(config.get("lora_alpha"), int | float):
+        if not config or not isinstance(alpha := config.get("lora_alpha", config.get("alpha")), int | float):
             return Scaling()
-        alpha = _by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
-        return Scaling(float(alpha), bool(config.get("use_rslora")))
+        alpha = float(_by_pattern(config.get("alpha_pattern"), path, alpha))
+        if "lora_alpha" in config:
+            return Scaling(alpha, bool(config.get("use_rslora")))
+        return Scaling(alpha, rank=int(_by_pattern(config.get("rank_pattern"), path, config.get("r", 8))))
 
 
 def _components(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:

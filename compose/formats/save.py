@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compose.adapter import Adapter, Delta, LowRank, Sparse
+from compose.adapter import Adapter, Delta, Dense, LowRank, Sparse
 from compose.errors import AdapterError, unknown
 from compose.formats import files
 from compose.formats.bfl import Split, Target, kohya_names
@@ -41,19 +41,40 @@ def save(
     """
     if to not in FORMATS:
         raise AdapterError(unknown("format", to, FORMATS))
-    lazy = sorted(site for site, delta in adapter.deltas.items() if not isinstance(delta, LowRank | Sparse))
-    if lazy:
-        raise AdapterError(
-            f"{adapter.name}: {len(lazy)} of {len(adapter.deltas)} deltas are not low-rank ({lazy[0]} is "
-            f"{adapter.deltas[lazy[0]].kind}) and cannot be written as LoRA; `compose squeeze --rank` approximates "
-            "LoKr, LoHa and full differences"
-        )
+    _refuse_lazy(adapter, to)
     header = {key: value for key, value in adapter.metadata.items() if key not in _OLD_KEYS}
     tensors, own = _kohya(adapter) if to == "kohya" else _diffusers(adapter, to)
     own |= {"format": "pt", "compose.family": adapter.family} | dict(metadata or {})
     if dtype is not None:
-        tensors = {key: _cast(value, dtype) for key, value in tensors.items()}
+        tensors = {
+            key: value if key.endswith(".alpha") else _cast(value, dtype) for key, value in tensors.items()
+        }
     return files.write_tensors(tensors, path, header | own)
+
+
+def _refuse_lazy(adapter: Adapter, to: str) -> None:
+    lazy = [
+        site
+        for site, delta in adapter.deltas.items()
+        if isinstance(delta, Dense) and not (to == "kohya" and _is_diff(delta))
+    ]
+    if not lazy:
+        return
+    kinds = Counter(adapter.deltas[site].kind for site in lazy)
+    counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    hint = "`compose squeeze --rank` approximates LoKr, LoHa and full differences; kohya files hold full differences"
+    raise AdapterError(
+        f"{adapter.name}: {counted} deltas are not low-rank and do not fit a {to} file ({lazy[0]}, ...); {hint}"
+    )
+
+
+def _is_diff(delta: Delta) -> bool:
+    """Whether kohya's `.diff` key is this delta's own form: a full difference, or the change of a norm's vector."""
+    return (
+        isinstance(delta, Dense)
+        and delta.shape is not None
+        and ("diff" in delta.kind or len(delta.shape) < 2)
+    )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,7 +172,7 @@ def kohya_name(site: str, family: str) -> tuple[str, Target | None]:
         return prefix + path.replace(".", "_"), None
     if component == "unet" and family == "sdxl":
         return "lora_unet_" + (diffusers_to_sgm(path) or path.replace(".", "_")), None
-    if component == "transformer" and family == "flux":
+    if component == "transformer" and family in ("flux", "kontext"):
         number = re.search(r"(?<=\.)\d+(?=\.)", path)
         template = path[: number.start()] + "#" + path[number.end() :] if number else path
         if template in _FLUX:
@@ -164,7 +185,9 @@ def _kohya_module(name: str, delta: Delta | None, bias: Tensor | None) -> dict[s
     tensors = {} if bias is None else {f"{name}.diff_b": bias}
     if delta is None:
         return tensors
-    if not isinstance(delta, LowRank):
+    if isinstance(delta, Dense):
+        return tensors | {f"{name}.diff": delta.compute(torch.zeros(()).expand(delta.shape))}
+    if isinstance(delta, Sparse):
         raise AdapterError(f"{name} is sparse, which kohya files cannot hold: write diffusers")
     rank = delta.down.shape[0]
     return tensors | {
@@ -179,7 +202,7 @@ def _kohya_fused(name: str, parts: Mapping[int, tuple[str, Target]], adapter: Ad
     deltas = {order: adapter.deltas[site] for order, (site, _) in parts.items() if site in adapter.deltas}
     biases = {order: adapter.biases[site] for order, (site, _) in parts.items() if site in adapter.biases}
     if any(not isinstance(delta, LowRank) for delta in deltas.values()):
-        raise AdapterError(f"{name} is sparse, which kohya files cannot hold: write diffusers")
+        raise AdapterError(f"{name} is not low-rank, which fused kohya modules must be: write diffusers")
     split = next(target.split for _, target in parts.values())
     rows = {order: delta.up.shape[0] for order, delta in deltas.items()} | {
         order: bias.shape[0] for order, bias in biases.items()

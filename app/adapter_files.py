@@ -1,0 +1,131 @@
+"""Adapters on the command line: found by name or file, written with what was lost said in numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compose.errors import AdapterError, RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+    from compose.adapter import Adapter
+
+FORMATS = ("diffusers", "kohya", "peft")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that writes an adapter takes."""
+    parser.add_argument("--out", required=True, metavar="FILE.safetensors", help="the file to write")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="number format of the file (default: the widest given)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse adapters of which a part is not understood"
+    )
+
+
+def open_adapter(name_or_path: str, strict: bool) -> Adapter:
+    """The adapter of a file, a folder or a library name; says on stderr what of it is not understood."""
+    from compose.formats import load
+
+    path = Path(name_or_path).expanduser()
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        adapter = load(path, strict=strict)
+    else:
+        adapter = load(_in_library(name_or_path), name=name_or_path, strict=strict)
+    for line in adapter.unmatched:
+        print(f"compose: {adapter.name}: left out: {line}", file=sys.stderr)
+    return adapter
+
+
+def _in_library(name: str) -> str:
+    from compose.retrieval.library import Library
+
+    card = Library.open().find(name)
+    if not card.path:
+        raise RequestError(f"adapter '{name}' is a card without weights; give a file")
+    return card.path
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Refuse, before any work, an output that exists (unless --force) or is no .safetensors file."""
+    path = Path(args.out).expanduser()
+    if path.suffix.lower() != ".safetensors":
+        raise RequestError(f"--out {args.out} must end in .safetensors")
+    if path.exists() and not args.force:
+        raise RequestError(f"{args.out} exists; choose another --out or give --force")
+
+
+def write(
+    exact: Adapter,
+    adapter: Adapter,
+    args: argparse.Namespace,
+    to: str,
+    dtype: torch.dtype,
+    header: dict[str, str],
+) -> None:
+    """Save `adapter` and print the error of the written file, read back, against `exact`."""
+    from compose.algebra import error
+    from compose.formats import load, save
+
+    path = save(adapter, args.out, to, metadata=header, dtype=dtype)
+    gap = error(exact, load(path))
+    size = path.stat().st_size / 2**20
+    print(
+        f"{path}: {_described(adapter)}, {size:.2f} MiB, {str(dtype).removeprefix('torch.')}; {gap} against the exact sum"
+    )
+
+
+def _described(adapter: Adapter) -> str:
+    ranks = sorted(delta.down.shape[0] for delta in adapter.deltas.values() if hasattr(delta, "down"))
+    if not ranks:
+        return f"{len(adapter.deltas)} sites"
+    return f"{len(adapter.deltas)} sites, rank {ranks[0]}" + (
+        f" to {ranks[-1]}" if ranks[-1] > ranks[0] else ""
+    )
+
+
+def chosen_dtype(args: argparse.Namespace, adapters: Iterable[Adapter]) -> torch.dtype:
+    """The one asked for, else the widest that the adapters are stored in."""
+    import torch
+
+    if args.dtype:
+        return getattr(torch, args.dtype)
+    found = {
+        delta.up.dtype for adapter in adapters for delta in adapter.deltas.values() if hasattr(delta, "up")
+    }
+    if len(found) == 1 and found <= {torch.float16, torch.bfloat16}:
+        return found.pop()
+    return torch.float32
+
+
+def origin(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, str]:
+    """Header entries of an adapter made from others: where it comes from, and their triggers, tags and licences."""
+    adapters = list(adapters)
+    sources = [{"name": a.name, "weight": weight, "sha256": a.sha256} for a, weight in adapters]
+    header = {"compose.made_from": json.dumps(sources)}
+    for key, other, joint in (
+        ("compose.trigger", "modelspec.trigger_phrase", ", "),
+        ("compose.tags", "modelspec.tags", ", "),
+        ("compose.licence", "modelspec.license", " AND "),
+    ):
+        values = [a.metadata.get(key) or a.metadata.get(other) or "" for a, _ in adapters]
+        if joined := joint.join(dict.fromkeys(value for value in values if value)):
+            header[key] = joined
+    return header
+
+
+def check_share(energy: float | None, rank: int | None) -> None:
+    """Refuse a rank or an energy that cannot be, before any file is read."""
+    if rank is not None and rank < 1:
+        raise AdapterError(f"--rank {rank} is not possible; give 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise AdapterError(f"--energy {energy:g} is not a share; give more than 0 and at most 1, as in 0.98")
