@@ -77,7 +77,9 @@ def _listed(file: Path, paths: Iterable[Path]) -> dict[Path, str]:
             name, caption = _entry(line, f"line {number} of '{file}'")
             path = file.parent / name
             if path not in known:
-                raise TrainingError(f"line {number} of '{file}' names '{name}', which is no picture in that folder")
+                raise TrainingError(
+                    f"line {number} of '{file}' names '{name}', which is no picture in that folder"
+                )
             captions[path] = caption
     return captions
 
@@ -87,7 +89,9 @@ def _entry(line: str, where: str) -> tuple[str, str]:
         entry = json.loads(line)
     except ValueError as error:
         raise TrainingError(f"{where} is not JSON: {error}") from error
-    caption = next((entry[key] for key in _CAPTION_KEYS if key in entry), None) if isinstance(entry, dict) else None
+    caption = (
+        next((entry[key] for key in _CAPTION_KEYS if key in entry), None) if isinstance(entry, dict) else None
+    )
     if not isinstance(caption, str) or not isinstance(entry.get("file_name"), str):
         raise TrainingError(f'{where} should read {{"file_name": "x.png", "text": "what it shows"}}')
     return entry["file_name"], " ".join(caption.split())
@@ -114,7 +118,13 @@ def _open(path: Path) -> PIL.Image.Image:
         with PIL.Image.open(path) as image:
             image.load()
             return ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        PIL.Image.DecompressionBombError,
+    ) as error:
         raise TrainingError(f"'{path}' is not a readable picture: {error}") from error
 
 

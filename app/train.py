@@ -1,0 +1,17 @@
+"""`compose train WHAT`: one row per thing that is trained."""
+
+from __future__ import annotations
+
+import argparse
+
+from compose.app.dispatch import add_commands, run
+
+TRAINERS: dict[str, tuple[str, str]] = {
+    "lora": ("compose.app.train_lora", "teach a base a subject or a style from a folder of pictures"),
+    "base": ("compose.training.base", "train the bundled base, stage by stage"),
+}
+__all__ = ["TRAINERS", "add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_commands(parser, TRAINERS, "what")
