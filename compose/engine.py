@@ -1,0 +1,392 @@
+"""The engine: runs a policy's plan on an unmodified diffusers pipeline, and leaves the pipeline as it found it.
+
+`composed` attaches, every denoiser call is carried out branch by branch, leaving restores to the bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch
+from torch import nn
+
+from compose import rows as call_rows
+from compose.adapter import Adapter
+from compose.backends import BACKENDS, Backend, Budget, Gate, Job, choose
+from compose.backends.base import check_adapters
+from compose.clock import Clock
+from compose.errors import BackendError, RequestError, unknown
+from compose.geometry import Geometry
+from compose.plan import Branch, Context, Mix, Policy, Step, check_plan
+from compose.sites import TEXT_ENCODERS, Layout, bind, layout_of, matching, sites_of
+from compose.takeover import Takeover
+from compose.text import Texts
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+log = logging.getLogger("compose")
+NOMINAL_STEPS = 50  # plans are looked through at this many steps before the first, to refuse early
+NOTHING = Mix()
+
+
+class FeatureCache(Protocol):
+    """Keeps deep features per branch. `branch` surrounds one denoiser pass: `key` is the branch's key with the ordinal
+    of the call within its step and everything that the features depend on; `reuse` asks for kept ones."""
+
+    def branch(self, denoiser: nn.Module, key: Hashable, reuse: bool) -> AbstractContextManager[None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Rows that run together, each with its branch."""
+
+    rows: tuple[int, ...]
+    branches: tuple[Branch, ...]
+
+
+@contextmanager
+def composed(
+    pipe: DiffusionPipeline,
+    adapters: Sequence[Adapter],
+    policy: Policy | Sequence[Policy],
+    backend: str | Backend = "auto",
+    **options: Any,
+) -> Iterator[DiffusionPipeline]:
+    """The pipeline, drawing under `adapters` as `policy` plans; everything is put back on leaving, bit for bit.
+
+    `policy` may be one per picture of the batch. Options are those of `Composition`.
+    Raises ComposeError for what does not fit, before the first step.
+    """
+    with Composition(pipe, adapters, policy, backend, **options):
+        yield pipe
+
+
+class Composition:
+    """A pipeline taken over. Inside `with`, `change` swaps adapters and policy without attaching anew.
+
+    `budget`: room of the fixed buffers; `pictures`: how many pictures a batch holds, where the policy treats them
+    differently (one policy per picture says it too); `gates`: by the name a mix uses; `cache`: for branches that
+    reuse features; `context`: what the policy may know; `say`: gets one line per notice.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        adapters: Sequence[Adapter],
+        policy: Policy | Sequence[Policy],
+        backend: str | Backend = "auto",
+        *,
+        budget: Budget | None = None,
+        pictures: int | None = None,
+        gates: Mapping[str, Gate] | None = None,
+        cache: FeatureCache | None = None,
+        context: Context | None = None,
+        recompile: bool = False,
+        say: Callable[[str], None] = log.info,
+    ) -> None:
+        self.pipe, self.layout = pipe, layout_of(pipe)
+        self.denoiser: nn.Module = getattr(pipe, self.layout.denoiser)
+        self._budget, self._gates, self._cache = budget or Budget(), gates or {}, cache
+        self._context, self._recompile, self.say = context or Context(), recompile, say
+        self._pictures = pictures
+        self._sites = sites_of(pipe)
+        self._adapters = list(adapters)
+        self._set_policy(policy)
+        self._backend_name = backend
+
+    def _set_policy(self, policy: Policy | Sequence[Policy]) -> None:
+        policies = list(policy) if isinstance(policy, Sequence) else [policy]
+        if not policies:
+            raise RequestError("composing needs a policy")
+        self.policies = [each.prepare(self._context) for each in policies]
+        self.pictures = self._pictures or len(policies)
+        if len(policies) not in (1, self.pictures):
+            raise RequestError(
+                f"{len(policies)} policies for {self.pictures} pictures; give one, or one per picture"
+            )
+
+    def __enter__(self) -> Self:
+        check_adapters(self._adapters, self._sites)
+        self._check_patterns()
+        self.backend, self.text_backend = self._make_backends()
+        self._takeover = Takeover(self.pipe, self.denoiser)
+        self._takeover.own([self.denoiser, *self._text_encoders()])
+        try:
+            self._attach()
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def change(
+        self, adapters: Sequence[Adapter] | None = None, policy: Policy | Sequence[Policy] | None = None
+    ) -> None:
+        """Other adapters and another policy from the next picture on, within the budget; nothing is recompiled."""
+        self._takeover.check_thread()
+        if adapters is not None:
+            check_adapters(adapters, self._sites)
+            self._refill(list(adapters))
+        if policy is not None:
+            self._set_policy(policy)
+        self._check_patterns()
+        self._check_plans()
+        self._texts = Texts()
+
+    def _refill(self, adapters: list[Adapter]) -> None:
+        had_text = self.text_backend is not None
+        if bool(self._touching(adapters, TEXT_ENCODERS)) > had_text:
+            raise BackendError(
+                "these adapters change text encoders and the first ones did not; compose again"
+            )
+        for backend in filter(None, (self.backend, self.text_backend)):
+            backend.fill(adapters)
+        self._adapters = adapters
+        self._text_names = self._touching(adapters, TEXT_ENCODERS)
+
+    # attaching
+
+    def _make_backends(self) -> tuple[Backend, Backend | None]:
+        self._text_names = self._touching(self._adapters, TEXT_ENCODERS)
+        make = self._maker()
+        return make(), make() if self._text_names else None
+
+    def _maker(self) -> Callable[[], Backend]:
+        if not isinstance(self._backend_name, str):
+            return lambda: self._backend_name
+        name = self._backend_name
+        if name == "auto":
+            name, reason = choose(self._mixes(), self._adapters, self._sites)
+            self.say(f"backend {name}: {reason}")
+        if name not in BACKENDS:
+            raise RequestError(unknown("backend", name, ["auto", *BACKENDS]))
+        return BACKENDS[name]
+
+    def _attach(self) -> None:
+        self._takeover.check_compiled(self.backend, self._recompile, self.say)
+        self.backend.attach(self._job((self.layout.denoiser,), self._budget, self.layout.mixed))
+        if self.text_backend is not None:
+            self.text_backend.attach(self._job(TEXT_ENCODERS, self._budget, mixed=False))
+        self._check_plans()
+        self._clock = Clock(self.pipe.scheduler, self._to_timestep)
+        self._ordinal = 0  # of the denoiser call within its step
+        self._texts = Texts()
+        self._geometry = Geometry(self.layout, self._areas())
+        self._route()
+
+    def _job(self, components: Sequence[str], budget: Budget, mixed: bool) -> Job:
+        sites = self._sites.of(components)
+        return Job(
+            sites=sites,
+            adapters=self._adapters,
+            budget=budget,
+            gates=self._gates,
+            device=torch.device(self.pipe._execution_device),
+            dtype=self.denoiser.dtype,
+            mixed=mixed,
+            say=self.say,
+        )
+
+    def _route(self) -> None:
+        scheduler, take = self.pipe.scheduler, self._takeover
+        take.replace(scheduler, "step", self._ticking)
+        take.replace(scheduler, "set_timesteps", self._starting)
+        if self.text_backend is not None:
+            take.replace(self.pipe, "encode_prompt", self._encoding)
+        take.route(self._denoise)
+
+    def _restore(self) -> None:
+        try:
+            for backend in filter(None, (self.text_backend, self.backend)):
+                backend.detach()
+        finally:
+            self._takeover.restore()
+
+    # checks
+
+    def _mixes(self) -> list[Mix]:
+        """Distinct mixes of a nominal run, those of the text among them."""
+        steps = [Step(index=n, count=NOMINAL_STEPS, sigma=1.0) for n in range(NOMINAL_STEPS)]
+        branches = [b for step in steps for p in range(self.pictures) for b in self._policy(p).plan(step, p)]
+        mixes = [mix for b in branches for mix in (b.mix, b.text) if mix is not None]
+        return list({mix.key(): mix for mix in mixes}.values())
+
+    def _check_plans(self) -> None:
+        for index in range(NOMINAL_STEPS):
+            for picture in range(self.pictures):
+                self._plan(Step(index=index, count=NOMINAL_STEPS, sigma=1.0), picture)
+        for mix in self._mixes():
+            self.backend.check(mix)
+
+    def _check_patterns(self) -> None:
+        """Every site pattern of every mix means at least one site of its adapter."""
+        named = {adapter.name: [*adapter.deltas, *adapter.biases] for adapter in self._adapters}
+        for mix in self._mixes():
+            for name, weight in mix.weights.items():
+                if isinstance(weight, Mapping) and name in named:
+                    for pattern in weight:
+                        matching(pattern, named[name])
+
+    def _touching(self, adapters: Sequence[Adapter], components: Sequence[str]) -> list[str]:
+        """Names of the adapters that change any of these components."""
+        return [
+            adapter.name
+            for adapter in adapters
+            if any(name.partition(".")[0] in components for name in (*adapter.deltas, *adapter.biases))
+        ]
+
+    def _text_encoders(self) -> list[nn.Module]:
+        found = [getattr(self.pipe, name, None) for name in TEXT_ENCODERS]
+        return [module for module in found if isinstance(module, nn.Module)]
+
+    # running
+
+    def _policy(self, picture: int) -> Policy:
+        return self.policies[picture if len(self.policies) > 1 else 0]
+
+    def _areas(self) -> list[Mapping[str, Any]]:
+        return [self._policy(picture).areas for picture in range(self.pictures)]
+
+    def _plan(self, step: Step, picture: int) -> Sequence[Branch]:
+        policy = self._policy(picture)
+        branches = policy.plan(step, picture)
+        check_plan(branches, policy.areas)
+        if self._cache is None and any(branch.reuse for branch in branches):
+            raise BackendError("this policy reuses features, and no feature cache is given; pass cache=...")
+        return branches
+
+    def _to_timestep(self, argument: float) -> float:
+        scale, offset = self.layout.clock
+        return scale * argument + offset
+
+    def _ticking(self, step: Callable) -> Callable:
+        def ticking(*args: Any, **kwargs: Any) -> Any:
+            self._takeover.check_thread()
+            result = step(*args, **kwargs)
+            self._clock.tick()
+            self._ordinal = 0
+            return result
+
+        return ticking
+
+    def _starting(self, set_timesteps: Callable) -> Callable:
+        def starting(*args: Any, **kwargs: Any) -> Any:
+            self._takeover.check_thread()
+            self._clock.reset()
+            self._ordinal = 0
+            return set_timesteps(*args, **kwargs)
+
+        return starting
+
+    def _encoding(self, encode: Callable) -> Callable:
+        def run(args: tuple, kwargs: dict, mix: Mix) -> Any:
+            self.text_backend.apply([mix])
+            return encode(*_copied(args), **_copied(kwargs))
+
+        def encoding(*args: Any, **kwargs: Any) -> Any:
+            self._takeover.check_thread()
+            first = self._text_mix(self._plan(Step(index=0, count=NOMINAL_STEPS, sigma=1.0), 0)[0])
+            kept = (_copied(args), _copied(kwargs))
+            return self._texts.encode(lambda mix: run(*kept, mix), first)
+
+        return encoding
+
+    def _text_mix(self, branch: Branch) -> Mix:
+        mix = branch.mix if branch.text is None else branch.text
+        return Mix(weights={name: weight for name, weight in mix.weights.items() if name in self._text_names})
+
+    def _denoise(self, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """One denoiser call: every branch of every picture, then the share-weighted sum."""
+        self._takeover.check_thread()
+        call = bind(type(self.denoiser).forward, args, kwargs)
+        total = call_rows.count(self.layout, call)
+        step = self._clock.now(call[_timestep_name(self.layout)])
+        plans = [self._plan(step, picture) for picture in range(self.pictures)]
+        ordinal, self._ordinal = self._ordinal, self._ordinal + 1
+        outputs = [(each, self._run(original, call, each, ordinal)) for each in self._passes(plans, total)]
+        if len(outputs) == 1 and all(branch.share == 1 for branch in outputs[0][0].branches):
+            return outputs[0][1]
+        return self._summed(call, total, outputs)
+
+    def _summed(self, call: Mapping[str, Any], total: int, outputs: Sequence[tuple[Pass, Any]]) -> Any:
+        added = call_rows.Sum(total)
+        for each, output in outputs:
+            shares = [
+                self._geometry.share(call, branch.share, row % self.pictures)
+                for row, branch in zip(each.rows, each.branches, strict=True)
+            ]
+            added.add(call_rows.first(output), each.rows, shares)
+        last = outputs[-1][1]
+        return call_rows.with_first(last, added.result(call_rows.first(last)))
+
+    def _passes(self, plans: Sequence[Sequence[Branch]], total: int) -> Iterator[Pass]:
+        """The n-th branches of all rows together, as far as the backend can carry their mixes in one call."""
+        if total % self.pictures:
+            raise RequestError(f"a batch of {total} rows cannot hold {self.pictures} pictures; set pictures=")
+        for n in range(max(map(len, plans))):
+            held = {row: plans[row % self.pictures] for row in range(total)}
+            chosen = [(row, plan[n]) for row, plan in held.items() if n < len(plan)]
+            for group in self._groups(chosen):
+                yield Pass(tuple(row for row, _ in group), tuple(branch for _, branch in group))
+
+    def _groups(self, chosen: list[tuple[int, Branch]]) -> Iterator[list[tuple[int, Branch]]]:
+        if len({branch.mix.key() for _, branch in chosen}) == 1:
+            yield chosen
+            return
+        key: Callable[[Branch], Hashable] = lambda branch: branch.mix.key()  # noqa: E731
+        if self.backend.rows > 1:
+            key = lambda branch: (branch.mix.gate, branch.mix.mask)  # noqa: E731
+        groups: dict[Hashable, list[tuple[int, Branch]]] = {}
+        for row, branch in chosen:
+            groups.setdefault(key(branch), []).append((row, branch))
+        for group in groups.values():
+            size = len(group) if self.backend.rows == 1 else self.backend.rows
+            yield from (group[n : n + size] for n in range(0, len(group), size))
+
+    def _run(self, original: Callable, call: Mapping[str, Any], each: Pass, ordinal: int) -> Any:
+        chosen = call_rows.pick(self.layout, call, each.rows)
+        if self.text_backend is not None:
+            mixes = [self._text_mix(branch) for branch in each.branches]
+            for name in self.layout.text:
+                if chosen.get(name) is not None:
+                    chosen[name] = self._texts.swap(chosen[name], mixes)
+        mixes = [branch.mix for branch in each.branches]
+        same = len({mix.key() for mix in mixes}) == 1
+        spread = self._geometry.spread(call, each.rows[0] % self.pictures) if mixes[0].mask else None
+        self.backend.apply(mixes[:1] if same else mixes, spread)
+        with self._caching(each, ordinal):
+            return original(**chosen)
+
+    def _caching(self, each: Pass, ordinal: int) -> AbstractContextManager[None]:
+        """Features kept by any step cache belong to one branch, one mix and one call of the step (trap T4)."""
+        first = each.branches[0]
+        identity = (first.key, ordinal, each.rows, tuple(_identity(branch) for branch in each.branches))
+        if self._cache is not None:
+            return self._cache.branch(self.denoiser, identity, first.reuse)
+        if getattr(self.denoiser, "is_cache_enabled", False):
+            return self.denoiser.cache_context(f"compose-{hash(identity):x}")
+        return nullcontext()
+
+
+def _identity(branch: Branch) -> Hashable:
+    return (branch.key, branch.mix.key(), None if branch.text is None else branch.text.key())
+
+
+def _timestep_name(layout: Layout) -> str:
+    return "t" if "t" in layout.rows else "timestep"
+
+
+def _copied(value: Any) -> Any:
+    """Lists and dicts anew (some pipelines write into the prompt list they are given), tensors as they are."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    return value

@@ -1,0 +1,89 @@
+"""Taking over one pipeline object, reversibly: its denoiser's call, its scheduler's step, its prompt encoder.
+
+The denoiser gets a subclass of its own class whose `__call__` asks the engine first. Its `forward` is left alone:
+accelerate's offload hooks reset that attribute after each picture.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from compose.errors import BackendError
+
+_LOCK = threading.Lock()  # attaching twice at once could pass the check below twice
+_OWNER = "_compose_owner"
+
+
+class Takeover:
+    """What was replaced on one pipeline, and how to put it back."""
+
+    def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
+        self.pipe, self.denoiser = pipe, denoiser
+        self._thread = threading.get_ident()
+        self._patched: list[tuple[Any, str]] = []
+        self._class = type(denoiser)
+        self._scheduler = pipe.scheduler
+        self._scheduler_state = copy.deepcopy(pipe.scheduler.__dict__)
+        self._owned: list[nn.Module] = []
+
+    def own(self, modules: list[nn.Module]) -> None:
+        """Claim these modules for this thread; refuses those that another composition holds."""
+        with _LOCK:
+            for module in modules:
+                if _OWNER in module.__dict__:
+                    raise BackendError(
+                        "this pipeline is composed already (or shares a model with one that is); leave that `with` "
+                        "first, or load a second pipeline for a second thread"
+                    )
+            for module in modules:
+                module.__dict__[_OWNER] = self
+                self._owned.append(module)
+
+    def check_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise BackendError(
+                "this pipeline is composed in another thread; wait until that has left its `with`, or load a second "
+                "pipeline"
+            )
+
+    def check_compiled(self, backend: Any, recompile: bool, say: Callable[[str], None]) -> None:
+        """Hooks put on a compiled model are ignored in silence by torch, so that is refused, or compiled anew."""
+
+    def replace(self, target: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+        """Shadow a method of one object with `make(method)`, keeping its signature."""
+        original = getattr(target, name)
+        replacement = functools.wraps(original)(make(original))
+        target.__dict__[name] = replacement
+        self._patched.append((target, name))
+
+    def route(self, call: Callable[[Callable, tuple, dict], Any]) -> None:
+        """Let every call of the denoiser go to `call(original, args, kwargs)`."""
+        kind = self._class
+
+        def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return call(functools.partial(kind.__call__, module), args, kwargs)
+
+        members = {
+            "__call__": torch.compiler.disable(__call__, recursive=False),
+            "__module__": kind.__module__,
+        }
+        self.denoiser.__class__ = type(kind.__name__, (kind,), members)
+
+    def restore(self) -> None:
+        """Put back everything, the scheduler's state included; may be called at any point, and twice."""
+        self.denoiser.__class__ = self._class
+        for target, name in self._patched:
+            target.__dict__.pop(name, None)
+        self._scheduler.__dict__.clear()
+        self._scheduler.__dict__.update(copy.deepcopy(self._scheduler_state))
+        with _LOCK:
+            for module in self._owned:
+                module.__dict__.pop(_OWNER, None)
+        self._patched, self._owned = [], []

@@ -1,0 +1,94 @@
+"""Text under adapters: the prompt is encoded once per distinct mix of text-encoder deltas, and each row of a denoiser
+call gets the encoding that its branch asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compose.errors import BackendError
+from compose.plan import Mix
+
+
+class Encoded:
+    """One call of `encode_prompt` and what it returned under each mix asked for so far."""
+
+    def __init__(self, run: Callable[[Mix], Any]) -> None:
+        self._run = run
+        self._outputs: dict[Hashable, tuple[Any, ...]] = {}
+
+    def under(self, mix: Mix) -> tuple[Any, ...]:
+        key = mix.key()
+        if key not in self._outputs:
+            self._outputs[key] = self._run(mix)
+        return self._outputs[key]
+
+
+class Texts:
+    """The encodings of the current request.
+
+    `encode` is called in place of the pipeline's `encode_prompt`; `swap` puts other encodings into a denoiser call.
+    Which prompt a row belongs to is told by its content, so every pipeline's way of joining them will do.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[Encoded] = []
+        self._used = False
+        self._found: dict[tuple[int, int], tuple[Any, tuple[int, int, int]]] = {}
+
+    def encode(self, run: Callable[[Mix], Any], mix: Mix) -> Any:
+        if self._used:
+            self._calls, self._found, self._used = [], {}, False
+        self._calls.append(Encoded(run))
+        self._base = mix
+        return self._calls[-1].under(mix)
+
+    def swap(self, value: Any, mixes: Sequence[Mix]) -> Any:
+        """`value` (a tensor of rows, a list of them, or a dict of tensors) with row n as encoded under mixes[n]."""
+        self._used = True
+        if not self._calls or all(mix.key() == self._base.key() for mix in mixes):
+            return value
+        if isinstance(value, Mapping):
+            return {key: self._in_dict(item, mixes) for key, item in value.items()}
+        rows = [self._row(value, n, mix) for n, mix in enumerate(mixes)]
+        return torch.stack(rows) if isinstance(value, Tensor) else rows
+
+    def _in_dict(self, value: Any, mixes: Sequence[Mix]) -> Any:
+        known = (
+            isinstance(value, Tensor) and value.shape[0] == len(mixes) and self._find(value, 0) is not None
+        )
+        return self.swap(value, mixes) if known else value
+
+    def _row(self, value: Any, row: int, mix: Mix) -> Tensor:
+        place = self._find(value, row)
+        if place is None:
+            raise BackendError(
+                "the text in a denoiser call is not what encode_prompt returned, so adapters of the text encoder "
+                "cannot act on it; give the prompt as words, or leave those adapters out"
+            )
+        call, output, n = place
+        return self._calls[call].under(mix)[output][n].to(device=value[row].device, dtype=value[row].dtype)
+
+    def _find(self, value: Any, row: int) -> tuple[int, int, int] | None:
+        """(call, output, row) of the encoding that equals this row; remembered while the same object comes again."""
+        key = (id(value) if isinstance(value, Tensor) else id(value[row]), row)
+        if key not in self._found:
+            self._found[key] = (value, self._search(value[row]))
+        return self._found[key][1]
+
+    def _search(self, wanted: Tensor) -> tuple[int, int, int] | None:
+        for place, held in self._held():
+            if held.shape == wanted.shape and torch.equal(held.to(wanted), wanted):
+                return place
+        return None
+
+    def _held(self) -> Iterator[tuple[tuple[int, int, int], Tensor]]:
+        for c, call in enumerate(self._calls):
+            for o, output in enumerate(call.under(self._base)):
+                if isinstance(output, (Tensor, list)):
+                    yield from (
+                        ((c, o, n), held) for n, held in enumerate(output) if isinstance(held, Tensor)
+                    )
