@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from compose import __version__
 from compose.errors import ComposeError
@@ -27,9 +28,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, as all others of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"compose: {message}; see {self.prog} --help\n")
+
+
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The top parser; only the subcommand that `argv` names is imported and filled."""
-    parser = argparse.ArgumentParser(prog="compose", description="Find LoRAs for a prompt and compose them.")
+    parser = Parser(prog="compose", description="Find LoRAs for a prompt and compose them.")
     parser.add_argument("--version", action="version", version=f"lora-compose {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((word for word in argv if not word.startswith("-")), None)

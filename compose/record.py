@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from compose.digest import write_atomic
 from compose.errors import RequestError
+from compose.prompt import Pick
 from compose.request import Request, known_keys
 
 FORMAT = 1
@@ -30,7 +31,7 @@ CHUNK = "compose"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applied:
-    """One adapter as it was used. `sha256` is the file's, `weights_sha256` leaves out its header; `trigger` was woven
+    """One adapter as it was used; `asked` is the name or path it was asked for with. `sha256` is the file's, `weights_sha256` leaves out its header; `trigger` was woven
     into the prompt; `score` (cosine, -1 to 1) and `reason` come from retrieval, None when the user named it."""
 
     name: str
@@ -39,12 +40,18 @@ class Applied:
     sha256: str
     weights_sha256: str
     path: str
+    asked: str = ""
     start: float = 0.0
     stop: float = 1.0
     trigger: str = ""
     licence: str = ""
     score: float | None = None
     reason: str | None = None
+
+    @property
+    def pick(self) -> Pick:
+        """How it was asked for."""
+        return Pick(name=self.asked or self.name, weight=self.weight, start=self.start, stop=self.stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

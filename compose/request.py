@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from compose.errors import RequestError, unknown
@@ -24,7 +24,9 @@ class Request:
     Fields left at None take the base's own value (`compose.bases`); a seed left at None is drawn at random.
     `loras`: adapters named (names, files or "name:0.8" strings); () means none at all, not even from tags in the
     prompt; None means nothing was said. `auto_retrieve` searches the library where nothing is named, for at most
-    `k` adapters, of those that `license` (a use such as "commercial") allows. `image` and `mask` are files or
+    `k` adapters, of those that `license` (a use such as "commercial") allows. `options` go to the policy (tau=2);
+    `regions` binds an adapter to a box "x0,y0,x1,y1" (fractions of the picture) or a mask picture; `blocks` maps an
+    adapter to factors by site pattern. `image` and `mask` are files or
     `data:` URIs; with `strength` (0 to 1) the picture is redrawn from its noised self, without it a base that
     edits by instruction edits it. `batch` pictures are drawn together.
 
@@ -40,6 +42,9 @@ class Request:
     license: str | None = None
     triggers: bool = True
     policy: str = "merge"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    regions: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     backend: str = "auto"
     steps: int | None = None
     seed: int | None = None
@@ -58,6 +63,7 @@ class Request:
         _check_text(self)
         _check_numbers(self)
         _check_adapters(self)
+        _check_tables(self)
         _check_picture(self)
 
     @property
@@ -84,15 +90,15 @@ def known_keys(kind: type, data: object, what: str) -> dict[str, Any]:
     """`data` as a dict, when it is an object whose keys are all fields of the dataclass `kind` and none is missing."""
     if not isinstance(data, Mapping):
         raise RequestError(f"a {what} must be a JSON object, not {type(data).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {item.name: item for item in dataclasses.fields(kind)}
     for key in data:
         if key not in fields:
             raise RequestError(unknown(f"{what} key", str(key), fields))
-    for name, field in fields.items():
+    for name, item in fields.items():
         if (
             name not in data
-            and field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
+            and item.default is dataclasses.MISSING
+            and item.default_factory is dataclasses.MISSING
         ):
             raise RequestError(f"the {what} has no '{name}'")
     return dict(data)
@@ -172,6 +178,23 @@ def _check_adapters(request: Request) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RequestError(f"adapter '{twice}' is named twice; name it once, with one weight")
+
+
+def _check_tables(request: Request) -> None:
+    for name in ("options", "regions", "blocks"):
+        table = getattr(request, name)
+        if not isinstance(table, Mapping) or not all(isinstance(key, str) for key in table):
+            raise RequestError(f"{name} must be a table with names as keys, not {table!r}")
+    for adapter, place in request.regions.items():
+        if not isinstance(place, str) or not place:
+            raise RequestError(
+                f"the region of '{adapter}' must be a box x0,y0,x1,y1 or a mask picture, not {place!r}"
+            )
+    for adapter, factors in request.blocks.items():
+        if not isinstance(factors, Mapping) or not all(_is_number(factor) for factor in factors.values()):
+            raise RequestError(
+                f"the blocks of '{adapter}' must map site patterns to numbers, not {factors!r}"
+            )
 
 
 def _check_picture(request: Request) -> None:

@@ -79,3 +79,16 @@ def test_none_means_no_adapter_at_all():
     assert Request(prompt="a dog <lora:oil:0.4>", loras=()).picks == ()
     with pytest.raises(RequestError, match="contradict"):
         Request(prompt="a dog", loras=(), auto_retrieve=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("options", ["tau"], "options must be a table"),
+        ("regions", {"ink": 3}, "region of 'ink' must be a box"),
+        ("blocks", {"ink": {"attn": "much"}}, "blocks of 'ink' must map"),
+    ],
+)
+def test_tables_are_checked(field, value, words):
+    with pytest.raises(RequestError, match=words):
+        Request(**{"prompt": "a dog", field: value})

@@ -1,0 +1,74 @@
+"""From what a request says about composing (policy, options, regions, spans, blocks) to the policy that decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from compose.errors import RequestError, unknown
+from compose.pictures import read_picture
+from compose.plan import Area, Policy
+from compose.policies import POLICIES, Blocks, Schedule, make, window
+from compose.prompt import Pick
+from compose.request import Request
+
+
+def check_policy(request: Request) -> None:
+    """Raises RequestError for a policy that does not exist, or regions beside a policy that takes none."""
+    if request.policy not in POLICIES:
+        raise RequestError(unknown("policy", request.policy, POLICIES))
+    if request.regions and request.policy not in ("merge", "regions"):
+        raise RequestError(
+            f"regions cannot be used with policy '{request.policy}'; leave --policy out, or give regions"
+        )
+
+
+def policy_for(request: Request, picks: Mapping[str, Pick]) -> Policy:
+    """The policy for adapters `picks` (adapter name -> how it was asked for), wrapped in its blocks and schedules.
+
+    Raises RequestError for names that are none of the adapters, and what the policies themselves refuse.
+    """
+    check_policy(request)
+    weights = {name: pick.weight for name, pick in picks.items()}
+    options = dict(request.options)
+    if request.regions:
+        options["regions"] = {
+            _adapter("region", name, picks): _area(name, place) for name, place in request.regions.items()
+        }
+    policy = make("regions" if request.regions else request.policy, weights, **options)
+    if request.blocks:
+        factors = {_adapter("blocks", name, picks): factor for name, factor in request.blocks.items()}
+        policy = Blocks(policy=policy, factors=factors)
+    curves = {
+        name: window(pick.start, pick.stop)
+        for name, pick in picks.items()
+        if (pick.start, pick.stop) != (0, 1)
+    }
+    return Schedule(policy=policy, curves=curves) if curves else policy
+
+
+def _adapter(what: str, given: str, picks: Mapping[str, Pick]) -> str:
+    """The adapter that `given` means: by its own name, or by the name or path it was asked for with."""
+    for name, pick in picks.items():
+        if given in (name, pick.name):
+            return name
+    raise RequestError(f"{what}: " + unknown("adapter", given, picks))
+
+
+def _area(name: str, place: str) -> Area:
+    box = box_of(place)
+    if box is not None:
+        return Area(box=box)
+    mask = read_picture(place, f"region of '{name}'", "L").image
+    return Area(picture=np.asarray(mask, dtype=np.float32) / 255.0)
+
+
+def box_of(place: str) -> tuple[float, float, float, float] | None:
+    """Four numbers with commas between, or None where `place` is something else."""
+    parts: Sequence[str] = place.split(",")
+    try:
+        left, top, right, bottom = (float(part) for part in parts)
+    except ValueError:
+        return None
+    return left, top, right, bottom

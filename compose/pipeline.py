@@ -1,0 +1,522 @@
+"""`ComposePipeline`: the one path from a request to pictures, for the command line, the studio, the server and Python.
+
+It loads a base, finds the adapters, hands both to the engine, and calls an unmodified diffusers pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import platform
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+
+from compose import bases, loading
+from compose.adapter import Adapter
+from compose.arrange import box_of, check_policy, policy_for
+from compose.bases import Kind
+from compose.digest import file_digest, folder_digest, weights_digest
+from compose.errors import AdapterError, RequestError
+from compose.formats import load, resolve
+from compose.pictures import Picture, as_uri, read_picture
+from compose.plan import Policy
+from compose.prompt import Pick, weave
+from compose.record import Applied, Record, Result
+from compose.request import Request
+
+if TYPE_CHECKING:
+    from compose.retrieval.card import Card
+    from compose.retrieval.library import Library
+
+Progress = Callable[[str, int, int], None]  # stage (loading, retrieval, denoising), done, total
+PACKAGES = ("lora-compose", "torch", "diffusers", "transformers", "peft")
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress report that says nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A request made ready to draw: every field filled, adapters loaded, prompt woven, pictures read.
+
+    `record` is what each picture will carry; `adapters` and `record.adapters` go in step.
+    """
+
+    record: Record
+    mode: str
+    adapters: tuple[Adapter, ...]
+    policy: Policy | None
+    pictures: Mapping[str, PIL.Image.Image]
+
+    @property
+    def request(self) -> Request:
+        return self.record.request
+
+
+class ComposePipeline:
+    """A base model in memory, ready to draw with any adapters; its weights are never changed for good.
+
+    `ComposePipeline(pipe)` wraps a diffusers pipeline that is already loaded and placed; `from_pretrained` loads one.
+    Calls from several threads are taken one after the other.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, base: str | None = None) -> None:
+        """`base` is the name the record gives; default: where diffusers says the pipeline came from.
+
+        Raises BaseModelError for a family that `compose.bases` has no row for.
+        """
+        denoiser = getattr(pipe, "unet", None) or pipe.transformer
+        self.name = base or str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+        self.kind: Kind = bases.identify(type(pipe).__name__, denoiser.config, self.name)
+        self.offload = "none"
+        self.source: Path | None = None
+        self._options: dict[str, str] = {}
+        self._loaded = pipe
+        self._views: dict[type, DiffusionPipeline] = {type(pipe): pipe}
+        self._placed: DiffusionPipeline = pipe
+        self._files: dict[str, Adapter] = {}
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str = bases.BUNDLED,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        offload: str = "none",
+        config: str | None = None,
+        variant: str | None = None,
+        progress: Progress = silent,
+    ) -> ComposePipeline:
+        """Load `base`: 'compose-mini', a hub id, a diffusers folder, or one .safetensors file.
+
+        `device` and `dtype` are chosen where left out; `offload` is none, model or sequential (for small cards);
+        `config` is the folder that completes a single file; `variant` names other hub weights. Raises BaseModelError.
+        """
+        progress("loading", 0, 2)
+        place = loading.choose_device(device)
+        loading.check_offload(offload, place)
+        source = loading.find(base, config, variant)
+        pipe = loading.open_pipeline(source, loading.choose_dtype(dtype, place, source.kind))
+        progress("loading", 1, 2)
+        pipe.set_progress_bar_config(disable=True)
+        loading.place(pipe, place, offload)
+        self = cls(pipe, base)
+        self.kind, self.offload, self.source = source.kind, offload, source.path
+        self._options = {name: value for name, value in (("config", config), ("variant", variant)) if value}
+        progress("loading", 2, 2)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where pictures are drawn."""
+        return self._loaded._execution_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the denoiser computes in."""
+        return (getattr(self._loaded, "unet", None) or self._loaded.transformer).dtype
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What the pixels depend on beside the weights: Python and the packages that draw."""
+        return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the base: of its files, or of the weights in memory where it was not loaded from files here."""
+        if self.source is None:
+            return _weights_in_memory(self._loaded)
+        return folder_digest(self.source) if self.source.is_dir() else file_digest(self.source)
+
+    def __call__(
+        self,
+        prompt: str | Request,
+        *,
+        library: Library | None = None,
+        progress: Progress = silent,
+        **fields: Any,
+    ) -> Result:
+        """Draw: `pipe("a red apple", loras=["watercolor:0.8"], seed=1)`, or `pipe(request)`.
+
+        `fields` are those of `Request`; `image` and `mask` may be PIL pictures. `library` is the user's own where left
+        out. Raises ComposeError, in one line, before anything is drawn.
+        """
+        request = prompt if isinstance(prompt, Request) else self._request(prompt, fields)
+        if request.base != self.name:
+            raise RequestError(f"this pipeline holds base '{self.name}', the request wants '{request.base}'")
+        with self._lock:
+            order = self._prepare(request, library, progress)
+            return self._draw(order, range(order.request.count), progress)
+
+    def redo(self, record: Record, *, library: Library | None = None, progress: Progress = silent) -> Result:
+        """Draw one picture again from its record: the same pixels on the same machine.
+
+        Raises RequestError when base, adapters or pictures are no longer the ones recorded.
+        """
+        if record.base_sha256 != self.sha256:
+            raise RequestError(
+                f"base '{self.name}' is not the one this picture was drawn with: SHA-256 {self.sha256[:12]}, "
+                f"recorded {record.base_sha256[:12]}"
+            )
+        with self._lock:
+            pictures = _read_pictures(record.request)
+            for what, picture in pictures.items():
+                if picture.sha256 != record.inputs.get(what):
+                    raise RequestError(
+                        f"the {what} given then is not the one there now; its SHA-256 has changed"
+                    )
+            adapters = tuple(self._again(item, library) for item in record.adapters)
+            order = self._order(record, adapters, pictures)
+            return self._draw(order, [record.index], progress)
+
+    def _request(self, prompt: str, fields: Mapping[str, Any]) -> Request:
+        given = {"prompt": prompt, "base": self.name, **fields}
+        for what in ("image", "mask"):
+            if isinstance(given.get(what), PIL.Image.Image):
+                given[what] = as_uri(given[what])
+            elif isinstance(given.get(what), Path):
+                given[what] = str(given[what])
+        return Request.from_json(given)
+
+    def _prepare(self, request: Request, library: Library | None, progress: Progress) -> Order:
+        check_policy(request)
+        mode = bases.mode_of(self.kind, request)
+        pictures = _read_pictures(request)
+        size = pictures["image"].image.size if "image" in pictures else None
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        filled = dataclasses.replace(request, seed=seed, **bases.fill(self.kind, mode, request, size))
+        uses, notes = self._uses(filled, library, progress)
+        adapters = tuple(self._open(use, progress) for use in uses)
+        text, woven = weave(filled.text, [t for use in uses for t in use.triggers] if filled.triggers else [])
+        applied = tuple(_applied(use, adapter, woven) for use, adapter in zip(uses, adapters, strict=True))
+        record = Record(
+            request=filled,
+            prompt=text,
+            kind=self.kind.name,
+            base_sha256=self.sha256,
+            sampler=type(self._loaded.scheduler).__name__,
+            adapters=applied,
+            inputs={what: picture.sha256 for what, picture in pictures.items()},
+            place=self._place(),
+            versions=self.versions,
+            notes=(*notes, *_partly(adapters), *self._limits(filled, text)),
+        )
+        return self._order(record, adapters, pictures)
+
+    def _order(self, record: Record, adapters: tuple[Adapter, ...], pictures: Mapping[str, Picture]) -> Order:
+        return Order(
+            record=record,
+            mode=bases.mode_of(self.kind, record.request),
+            adapters=adapters,
+            policy=policy_for(record.request, {item.name: item.pick for item in record.adapters})
+            if adapters
+            else None,
+            pictures=_sized(pictures, record.request),
+        )
+
+    def _place(self) -> dict[str, str]:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
+        return {
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "offload": self.offload,
+            "hardware": name or platform.machine(),
+            **self._options,
+        }
+
+    def _limits(self, request: Request, text: str) -> Iterator[str]:
+        """What the user should know and would not see: words past the text limit, a negative prompt without effect."""
+        tokenizer = next(
+            t for n in ("_3", "_2", "") if (t := getattr(self._loaded, f"tokenizer{n}", None)) is not None
+        )
+        limit = self.kind.text or tokenizer.model_max_length
+        length = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+        if length > limit:
+            yield f"the prompt is {length} tokens long; this base reads the first {limit}"
+        if request.negative_prompt and not bases.negative_acts(self.kind, request.guidance or 0.0):
+            yield f"the negative prompt has no effect at guidance {request.guidance:g}; give --guidance above 1"
+
+    # Adapters: named, tagged or found
+
+    def _uses(
+        self, request: Request, library: Library | None, progress: Progress
+    ) -> tuple[list[Use], list[str]]:
+        """The adapters to use, and what to tell about the choice."""
+        if request.picks:
+            notes = ["adapters are named, so the library was not searched"] if request.auto_retrieve else []
+            uses = [_named(pick, library) for pick in request.picks]
+            _check_distinct(uses)
+            for use in uses:
+                _check_licence(use, request.license)
+            return uses, notes
+        if not request.auto_retrieve:
+            return [], []
+        uses = self._retrieve(request, library, progress)
+        return uses, [] if uses else ["no adapter in the library fits this prompt; drawn with the base alone"]
+
+    def _retrieve(self, request: Request, library: Library | None, progress: Progress) -> list[Use]:
+        from compose.retrieval.select import select
+
+        progress("retrieval", 0, 1)
+        choices = select(
+            request.text, _library(library), self.kind.families[0], request.k, licence=request.license
+        )
+        progress("retrieval", 1, 1)
+        return [
+            Use(
+                pick=Pick(name=choice.card.name, weight=choice.weight),
+                card=choice.card,
+                score=choice.score,
+                reason=choice.reason,
+            )
+            for choice in choices
+        ]
+
+    def _open(self, use: Use, progress: Progress) -> Adapter:
+        adapter = self._load(str(use.card.path), use.card.name)
+        if adapter.family not in self.kind.families:
+            raise AdapterError(
+                f"adapter '{use.card.name}' is made for {adapter.family or 'an unknown family'}, base '{self.name}' takes "
+                f"{' or '.join(self.kind.families)}; choose another adapter or another --base"
+            )
+        return adapter
+
+    def _load(self, path: str, name: str) -> Adapter:
+        """One adapter file, kept in memory while it stays as it is."""
+        key = f"{file_digest(path)}:{name}"
+        if key not in self._files:
+            self._files[key] = load(path, name=name)
+        return self._files[key]
+
+    def _again(self, item: Applied, library: Library | None) -> Adapter:
+        """The adapter of a record, wherever it lies now."""
+        places = [item.path]
+        if not _holds(item.path, item.sha256):
+            places = [
+                card.path for card in _library(library).cards() if card.sha256 == item.sha256 and card.path
+            ]
+        for path in places:
+            if _holds(path, item.sha256):
+                return self._load(path, item.name)
+        raise AdapterError(
+            f"adapter '{item.name}' (SHA-256 {item.sha256[:12]}) is not at '{item.path}' as recorded, nor in the library; "
+            "put the file back, or 'compose library add' it"
+        )
+
+    # Drawing
+
+    def _draw(self, order: Order, indices: Sequence[int], progress: Progress) -> Result:
+        """Pictures `indices` of the order. Those that were drawn together are drawn together again, so that one
+        picture of a batch comes out as it did."""
+        begun = time.perf_counter()
+        pipe = self._view(order.mode)
+        size = order.request.batch
+        groups = sorted({index // size for index in indices})
+        steps = _Steps(progress, len(groups))
+        images: dict[int, PIL.Image.Image] = {}
+        with self._composition(pipe, order):
+            for group in groups:
+                members = range(group * size, min((group + 1) * size, order.request.count))
+                images |= zip(members, self._call(pipe, order, members, steps), strict=True)
+        return Result(
+            images=tuple(images[index] for index in indices),
+            record=dataclasses.replace(order.record, index=indices[0]),
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _composition(self, pipe: DiffusionPipeline, order: Order) -> AbstractContextManager[Any]:
+        """The one place where adapters meet the base; without adapters, the base as it is."""
+        if order.policy is None:
+            return nullcontext(pipe)
+        from compose.engine import composed
+
+        return composed(pipe, order.adapters, order.policy, order.request.backend)
+
+    def _call(
+        self, pipe: DiffusionPipeline, order: Order, members: Sequence[int], steps: _Steps
+    ) -> list[PIL.Image.Image]:
+        accepted = inspect.signature(pipe.__call__).parameters
+        args = bases.call_args(self.kind, order.request, order.record.prompt, accepted) | order.pictures
+        if order.mode in ("image", "mask"):
+            args["strength"] = order.request.strength
+        generators = [torch.Generator("cpu").manual_seed(_seed(order, index)) for index in members]
+        try:
+            with torch.inference_mode():
+                return pipe(
+                    **args,
+                    num_images_per_prompt=len(members),
+                    generator=generators if len(generators) > 1 else generators[0],
+                    callback_on_step_end=steps,
+                ).images
+        except torch.OutOfMemoryError:
+            raise RequestError(
+                f"not enough memory on {self.device} for {len(members)} picture(s) of {order.request.width}x"
+                f"{order.request.height}; give --offload model, a smaller --size or a smaller --batch"
+            ) from None
+
+    def _view(self, mode: str) -> DiffusionPipeline:
+        """The diffusers pipeline of this mode over the same components; offload hooks follow it."""
+        cls = loading.pipeline_class(self.kind, mode)
+        if cls not in self._views:
+            self._views[cls] = _rewrap(self._loaded, cls)
+        view = self._views[cls]
+        if self.offload != "none" and view is not self._placed:
+            loading.place(view, self.device, self.offload)
+            self._placed = view
+        return view
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """One adapter on its way into a picture: how it was asked for, its card, and why retrieval chose it."""
+
+    pick: Pick
+    card: Card
+    score: float | None = None
+    reason: str | None = None
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        return self.card.triggers[:1]
+
+
+class _Steps:
+    """The step callback of a diffusers call, as progress over all groups of pictures."""
+
+    def __init__(self, progress: Progress, groups: int) -> None:
+        self.progress, self.groups, self.done = progress, groups, 0
+
+    def __call__(
+        self, pipe: DiffusionPipeline, step: int, timestep: int, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        self.done += 1
+        self.progress("denoising", self.done, self.groups * pipe.num_timesteps)
+        return kwargs
+
+
+def _seed(order: Order, index: int) -> int:
+    return (order.request.seed or 0) + index
+
+
+def _library(library: Library | None) -> Library:
+    from compose.retrieval.library import Library
+
+    return library or Library.open()
+
+
+def _named(pick: Pick, library: Library | None) -> Use:
+    """The adapter a user named: a name in the library, a .safetensors file, or a folder that holds one."""
+    path = Path(pick.name).expanduser()
+    card = _library(library).find(resolve(path) if path.is_dir() else pick.name)
+    if card.path is None:
+        raise AdapterError(
+            f"adapter '{card.name}' is only a card here; get its file ({card.source}) and 'compose library add' it"
+        )
+    return Use(pick=pick, card=card)
+
+
+def _check_distinct(uses: Sequence[Use]) -> None:
+    """Two names may mean one adapter, and two files may have one name; neither can be composed."""
+    names = [use.card.name for use in uses]
+    for use in uses:
+        if names.count(use.card.name) > 1:
+            asked = " and ".join(f"'{other.pick.name}'" for other in uses if other.card.name == use.card.name)
+            raise RequestError(
+                f"{asked} are both adapter '{use.card.name}'; name it once, or rename one file"
+            )
+
+
+def _check_licence(use: Use, wanted: str | None) -> None:
+    from compose.retrieval.licences import permits
+
+    if wanted is not None and not permits(use.card.licence, wanted):
+        raise AdapterError(
+            f"adapter '{use.card.name}' has licence '{use.card.licence}', which does not permit '{wanted}' use; "
+            "leave it out, or leave --license out"
+        )
+
+
+def _applied(use: Use, adapter: Adapter, woven: Sequence[str]) -> Applied:
+    path = str(Path(str(use.card.path)).resolve())
+    return Applied(
+        name=adapter.name,
+        asked=use.pick.name,
+        weight=use.pick.weight,
+        start=use.pick.start,
+        stop=use.pick.stop,
+        family=adapter.family,
+        sha256=file_digest(path),
+        weights_sha256=weights_digest(path),
+        path=path,
+        trigger=", ".join(trigger for trigger in use.triggers if trigger.strip() in woven),
+        licence=use.card.licence,
+        score=use.score,
+        reason=use.reason,
+    )
+
+
+def _partly(adapters: Sequence[Adapter]) -> Iterator[str]:
+    for adapter in adapters:
+        if adapter.unmatched:
+            yield f"adapter '{adapter.name}' acts only in part: {len(adapter.unmatched)} modules not understood ({adapter.unmatched[0]})"
+
+
+def _holds(path: str, sha256: str) -> bool:
+    return Path(path).is_file() and file_digest(path) == sha256
+
+
+def _read_pictures(request: Request) -> dict[str, Picture]:
+    pictures = {}
+    if request.image is not None:
+        pictures["image"] = read_picture(request.image)
+    if request.mask is not None:
+        pictures["mask"] = read_picture(request.mask, "mask", "L")
+    for name, place in request.regions.items():
+        if box_of(place) is None:
+            pictures[f"region of {name}"] = read_picture(place, f"region of '{name}'", "L")
+    return pictures
+
+
+def _sized(pictures: Mapping[str, Picture], request: Request) -> dict[str, PIL.Image.Image]:
+    """The pictures as call arguments, at the size that is drawn."""
+    size = (request.width or 0, request.height or 0)
+    filters = {"image": PIL.Image.Resampling.LANCZOS, "mask": PIL.Image.Resampling.NEAREST}
+    names = {"image": "image", "mask": "mask_image"}
+    return {
+        names[what]: pictures[what].image.resize(size, filters[what]) for what in names if what in pictures
+    }
+
+
+def _rewrap(pipe: DiffusionPipeline, cls: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """Another pipeline class over the same components, nothing copied, cast or moved."""
+    accepted = inspect.signature(cls.__init__).parameters
+    parts = {name: part for name, part in pipe.components.items() if name in accepted}
+    if "requires_safety_checker" in accepted:
+        parts["requires_safety_checker"] = pipe.config.get("requires_safety_checker", False)
+    view = cls(**parts)
+    view.set_progress_bar_config(disable=True)
+    return view
+
+
+def _weights_in_memory(pipe: DiffusionPipeline) -> str:
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        for key, tensor in sorted(part.state_dict().items()) if isinstance(part, torch.nn.Module) else ():
+            digest.update(f"{name}.{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
