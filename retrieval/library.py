@@ -119,7 +119,7 @@ class Library:
 
     # Reading
 
-    def list(
+    def cards(
         self, family: str | None = None, licence: str | None = None, roles: Iterable[str] | None = None
     ) -> tuple[Card, ...]:
         """Cards sorted by name: of one base family, whose licence permits the use `licence`, of certain roles."""
@@ -140,7 +140,7 @@ class Library:
         Raises LibraryError with the nearest names, or AdapterError when the file is refused.
         """
         text = str(name_or_path)
-        cards = self.list()
+        cards = self.cards()
         for card in cards:
             if text.lower() in (card.name.lower(), f"{card.name}.safetensors".lower()):
                 return card

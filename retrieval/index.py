@@ -1,0 +1,203 @@
+"""Vectors of every card's texts and preview pictures, in a FAISS index that no card can make wrong.
+
+A vector's id is a hash of what was embedded, so an index never has to be trusted: what a library needs and the index
+lacks is embedded, what nobody needs is dropped. A crash, a second process or a rebuilt database cost time at worst.
+One file per CLIP (named by the hash of its weights), in the user's folder; a read-only seed for the starter library
+may lie beside the CLIP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import faiss
+import numpy as np
+from compose.retrieval.card import Card, Text, texts
+from compose.retrieval.clip import bundled
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from compose.digest import write_atomic
+
+PREVIEW = "preview"
+_SAMPLE = 4096  # bytes of a picture's head and tail that identify it, beside its size
+_BATCH = 64
+_log = logging.getLogger(__name__)
+
+
+class Encoder(Protocol):
+    """What the index needs of a CLIP."""
+
+    folder: Path
+    sha256: str
+    width: int
+
+    def text(self, texts: Sequence[str]) -> np.ndarray: ...
+
+    def image(self, images: Sequence[Image.Image]) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One vector near a query: the card, what was embedded (a text, or the path of a preview), and the cosine."""
+
+    card: Card
+    evidence: Text
+    cosine: float
+
+
+class Index:
+    """Vectors for one CLIP. `folder` is where they are kept; None keeps them in memory."""
+
+    def __init__(self, folder: Path | None, clip: Encoder):
+        self.clip = clip
+        self._file = None if folder is None else folder / "vectors" / f"{clip.sha256[:16]}.faiss"
+        seed = clip.folder / seed_name(clip)
+        self._vectors = _read(self._file, clip.width) or _read(seed, clip.width) or _empty(clip.width)
+
+    @classmethod
+    def open(cls, folder: Path | None = None, clip: Encoder | None = None) -> Index:
+        """The index kept in `folder` (a library's), for `clip` (default: the bundled one)."""
+        return cls(folder, bundled() if clip is None else clip)
+
+    def sync(self, cards: Iterable[Card], progress: bool = False) -> None:
+        """Embed what `cards` lack, drop what none of them needs, and save. Unreadable previews are left out."""
+        wanted = {key: evidence for card in cards for key, evidence in _entries(card)}
+        held = self._ids()
+        stale, missing = held - wanted.keys(), [key for key in wanted if key not in held]
+        if stale:
+            self._vectors.remove_ids(np.fromiter(stale, np.int64, len(stale)))
+        with tqdm(
+            total=len(missing), desc="embedding cards", disable=not (progress and missing), leave=False
+        ) as bar:
+            for start in range(0, len(missing), _BATCH):
+                keys = missing[start : start + _BATCH]
+                self._embed([(key, wanted[key]) for key in keys])
+                bar.update(len(keys))
+        if stale or missing:
+            self._save()
+
+    def search(self, queries: np.ndarray, cards: Sequence[Card], most: int = 64) -> list[list[Hit]]:
+        """For each query row (n, width) the nearest vectors of `cards`, at most `most`, best first."""
+        owners: dict[int, list[tuple[Card, Text]]] = defaultdict(list)
+        for card in cards:
+            for key, evidence in _entries(card):
+                owners[key].append((card, evidence))
+        if not owners or not len(queries):
+            return [[] for _ in queries]
+        allowed = np.fromiter(owners, np.int64, len(owners))
+        params = faiss.SearchParameters(sel=faiss.IDSelectorBatch(allowed))
+        cosines, ids = self._vectors.search(np.ascontiguousarray(queries, np.float32), most, params=params)
+        return [_hits(row, keys, owners) for row, keys in zip(cosines, ids, strict=True)]
+
+    def __len__(self) -> int:
+        return self._vectors.ntotal
+
+    def _ids(self) -> set[int]:
+        return set(faiss.vector_to_array(self._vectors.id_map).tolist())
+
+    def _embed(self, entries: Sequence[tuple[int, Text]]) -> None:
+        words = [(key, e.text) for key, e in entries if e.kind != PREVIEW]
+        if words:
+            self._insert([key for key, _ in words], self.clip.text([text for _, text in words]))
+        pictures = [
+            (key, picture) for key, e in entries if e.kind == PREVIEW and (picture := _picture(e.text))
+        ]
+        if pictures:
+            self._insert([key for key, _ in pictures], self.clip.image([picture for _, picture in pictures]))
+
+    def _insert(self, keys: Sequence[int], rows: np.ndarray) -> None:
+        self._vectors.add_with_ids(np.ascontiguousarray(rows, np.float32), np.array(keys, np.int64))
+
+    def _save(self) -> None:
+        """Write the file whole; where the folder is read-only the vectors simply stay in memory."""
+        if self._file is None:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self._file, faiss.serialize_index(self._vectors).tobytes())
+            for old in self._file.parent.glob("*.faiss"):
+                if old != self._file:
+                    old.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning(
+                "vectors are not kept: '%s' cannot be written (%s)", self._file, error.strerror or error
+            )
+
+
+def seed_name(clip: Encoder) -> str:
+    """File name, beside the CLIP, of the vectors that come with the package."""
+    return f"vectors-{clip.sha256[:16]}.faiss"
+
+
+def write_seed(cards: Iterable[Card], clip: Encoder) -> Path:
+    """Write the vectors of `cards` (the starter library) beside the CLIP, so that no user has to compute them."""
+    index = Index(None, clip)
+    index.sync(cards)
+    for old in clip.folder.glob("vectors-*.faiss"):
+        old.unlink()
+    path = clip.folder / seed_name(clip)
+    write_atomic(path, faiss.serialize_index(index._vectors).tobytes())
+    return path
+
+
+def _entries(card: Card) -> list[tuple[int, Text]]:
+    """Everything of a card that is embedded, with its id."""
+    found = [(_key("text", text.text.encode()), text) for text in texts(card)]
+    pictures = ((sample, path) for path in card.previews if (sample := _sample(path)) is not None)
+    return found + [(_key(PREVIEW, sample), Text(PREVIEW, path)) for sample, path in pictures]
+
+
+def _key(kind: str, content: bytes) -> int:
+    digest = hashlib.sha256(kind.encode() + b"\0" + content).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # FAISS ids are signed
+
+
+def _sample(path: str) -> bytes | None:
+    """Size, head and tail of a picture file: enough to tell two pictures apart without reading thousands of them."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_SAMPLE)
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _SAMPLE))
+            return size.to_bytes(8, "big") + head + file.read()
+    except OSError:
+        return None
+
+
+def _picture(path: str) -> Image.Image | None:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGBA")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
+        _log.warning("preview '%s' cannot be read and is left out", path)
+        return None
+
+
+def _hits(cosines: np.ndarray, ids: np.ndarray, owners: Mapping[int, list[tuple[Card, Text]]]) -> list[Hit]:
+    found = zip(cosines.tolist(), ids.tolist(), strict=True)
+    return [
+        Hit(card, evidence, cosine) for cosine, key in found if key >= 0 for card, evidence in owners[key]
+    ]
+
+
+def _empty(width: int) -> faiss.IndexIDMap2:
+    return faiss.IndexIDMap2(faiss.IndexFlatIP(width))
+
+
+def _read(path: Path | None, width: int) -> faiss.IndexIDMap2 | None:
+    """The index in a file, or None where there is none that can be used (it is then made again)."""
+    if path is None:
+        return None
+    with suppress(OSError, RuntimeError):  # FAISS raises RuntimeError for a damaged file
+        index = faiss.deserialize_index(np.frombuffer(path.read_bytes(), np.uint8))
+        if isinstance(index, faiss.IndexIDMap2) and index.d == width:
+            return index
+    return None
