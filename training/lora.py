@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import math
+import os
 import re
 import signal
 import threading
@@ -174,8 +175,8 @@ def train(
     `loss` replaces the family's own. A checkpoint lies beside `out` (see `checkpoint_of`) while training goes on and
     after ctrl-C; `resume` goes on from it. The pipeline's weights are untouched; its denoiser stays on the device.
 
-    Raises RequestError (targets that match nothing), TrainingError (a checkpoint of other settings, a loss that is no number, a file that cannot
-    be written) and KeyboardInterrupt, once the checkpoint is safe.
+    Raises RequestError (targets that match nothing), TrainingError (a checkpoint of other settings, a loss that is no
+    number, a file that cannot be written) and KeyboardInterrupt, once the checkpoint is safe.
     """
     kind, objective = objective_of(pipe)
     base = base or BaseFacts()
@@ -215,6 +216,8 @@ def _refuse_leftover(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"cannot write to '{out.parent}': {error.strerror or error}") from error
+    if not os.access(out.parent, os.W_OK):
+        raise TrainingError(f"cannot write to '{out.parent}': permission denied")
 
 
 def machine(settings: LoraSettings) -> Accelerator:
@@ -277,8 +280,8 @@ def _targets(part: nn.Module, name: str, targets: str, objective: Objective) -> 
     if name != objective.denoiser:
         return [path for path in layers if path.endswith(_TEXT_LAYERS)]
     if targets in ("attention", "all"):
-        shape = _ATTENTION if targets == "attention" else _BLOCKS
-        return [path for path in layers if shape.fullmatch(path)]
+        blocks = _ATTENTION if targets == "attention" else _BLOCKS
+        return [path for path in layers if blocks.fullmatch(path)]
     sites = {f"{name}.{path}": path for path in layers}
     chosen = {site for pattern in targets.split(",") for site in matching(pattern.strip(), sites)}
     return [path for site, path in sites.items() if site in chosen]
@@ -294,13 +297,16 @@ def _inject(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         for name, part in parts.items():
-            exact = "|".join(re.escape(path) for path in targets[name])
+            # whole names, since peft takes a list as endings, and `proj_out` ends the name of many a layer
             shape = {"r": settings.rank, "lora_alpha": settings.strength}
-            inject_adapter_in_model(LoraConfig(target_modules=exact, **shape), part, _NAME)
+            shape["target_modules"] = "|".join(re.escape(path) for path in targets[name])
+            inject_adapter_in_model(LoraConfig(**shape), part, _NAME)
             part.to(device)
-            # transformers renames CLIP's layers between versions, so a text encoder's are named by their last word
-            listed = targets[name] if name == next(iter(parts)) else list(_TEXT_LAYERS)
-            configs[name] = shape | {"target_modules": listed}
+            if name != next(
+                iter(parts)
+            ):  # transformers renames CLIP's layers between versions: save their endings
+                shape["target_modules"] = list(_TEXT_LAYERS)
+            configs[name] = shape
     weights = {
         f"{name}.{path.replace(f'.{_NAME}.', '.')}": parameter
         for name, part in parts.items()
@@ -343,24 +349,24 @@ class _Run:
             list(adapter.weights.values()), lr=settings.lr, weight_decay=_DECAY
         )
         self.done = 0
+        self.loss: Tensor | None = None  # smoothed
 
     def fit(self, source: Source, loss: Loss, watch: Watch | None, progress: bool) -> float:
         """Do the steps that are left and return the smoothed loss. Ctrl-C ends the step, saves, and then interrupts."""
-        smooth: Tensor | None = None
         bar = tqdm(
             total=self.settings.steps, initial=self.done, desc="training", unit="step", disable=not progress
         )
         with bar, _patient(self.accelerator.num_processes) as stop:
             while self.done < self.settings.steps:
                 value = self.step(source, loss)
-                smooth = value if smooth is None else _SMOOTH * smooth + (1 - _SMOOTH) * value
+                self.loss = value if self.loss is None else _SMOOTH * self.loss + (1 - _SMOOTH) * value
                 bar.update()
-                if self.done % _LOOK_EVERY == 0 or self.done == self.settings.steps:
-                    bar.set_postfix(loss=f"{self.look(smooth):.4f}")
+                if self.done % _LOOK_EVERY == 0:
+                    bar.set_postfix(loss=f"{self.look():.4f}")
                 if watch is not None:
-                    watch(self.done, self.look(smooth))
+                    watch(self.done, self.look())
                 self.keep(stop.is_set())
-        return self.look(smooth) if smooth is not None else math.nan
+        return self.look()
 
     def step(self, source: Source, loss: Loss) -> Tensor:
         """One optimiser step; returns the mean loss of its batches on this process, detached."""
@@ -391,9 +397,9 @@ class _Run:
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    def look(self, loss: Tensor) -> float:
-        """The loss as a number. Raises TrainingError when it is none."""
-        value = loss.item()
+    def look(self) -> float:
+        """The smoothed loss. Raises TrainingError when it is no number."""
+        value = self.loss.item()
         if not math.isfinite(value):
             raise TrainingError(f"the loss is {value} at step {self.done}; lower --lr, or use --precision no")
         return value
@@ -416,6 +422,7 @@ class _Run:
             "step": str(self.done),
             "settings": json.dumps(dataclasses.asdict(self.settings)),
             "base_sha256": self.base.sha256,
+            "loss": repr(self.look()),
         }
         _write(self.path, save({name: value.cpu().contiguous() for name, value in tensors.items()}, header))
 
@@ -431,6 +438,7 @@ class _Run:
                 moved = {key: value.to(weight.device) for key, value in moments.items()}
                 self.optimizer.state[weight] = {"step": torch.tensor(float(saved.step)), **moved}
         self.done = saved.step
+        self.loss = torch.tensor(saved.loss, device=self.accelerator.device)
 
 
 def step_generator(seed: int, step: int, turn: int = 0, rank: int = 0) -> torch.Generator:
@@ -481,6 +489,7 @@ def _patient(processes: int) -> Iterator[threading.Event]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Checkpoint:
     step: int
+    loss: float
     tensors: Mapping[str, Tensor]
 
 
@@ -491,7 +500,7 @@ def _find_checkpoint(path: Path, settings: LoraSettings, base: BaseFacts) -> _Ch
     try:
         with safe_open(path, "pt") as file:
             header, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        step, before = int(header["step"]), json.loads(header["settings"])
+        step, loss, before = int(header["step"]), float(header["loss"]), json.loads(header["settings"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise TrainingError(f"'{path}' is no checkpoint of this program: {error}; delete it") from error
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
@@ -504,7 +513,7 @@ def _find_checkpoint(path: Path, settings: LoraSettings, base: BaseFacts) -> _Ch
         raise TrainingError(f"'{path}' was made on another base; use that base, or delete the file")
     if step > settings.steps:
         raise TrainingError(f"'{path}' has {step} steps already; give --steps at least that")
-    return _Checkpoint(step=step, tensors=tensors)
+    return _Checkpoint(step=step, loss=loss, tensors=tensors)
 
 
 def metadata(

@@ -84,6 +84,9 @@ def _sdxl_text(pipe: Any, captions: Sequence[str], length: int | None) -> Text:
     embeds, _, pooled, _ = pipe.encode_prompt(
         list(captions), device=pipe.text_encoder_2.device, do_classifier_free_guidance=False
     )
+    if pipe.config.get("force_zeros_for_empty_prompt"):  # what the pipeline's own guidance compares with
+        said = torch.tensor([bool(caption) for caption in captions], device=embeds.device)
+        embeds, pooled = embeds * said[:, None, None], pooled * said[:, None]
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
