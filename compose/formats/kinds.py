@@ -126,7 +126,7 @@ def _lokr(parts: Parts, scaling: Scaling) -> Dense:
 
     def compute(weight: Tensor) -> Tensor:
         wide = left.reshape(*left.shape, *[1] * (right.dim() - 2))
-        return _like(scale * torch.kron(wide, right), weight)
+        return _like(scale * torch.kron(wide, right.contiguous()), weight)
 
     return Dense(compute=compute, kind="lokr", shape=shape)
 
@@ -172,7 +172,7 @@ def _dora(delta: Delta, parts: Parts) -> Dense:
         axis = 0 if rows else 1
         moved = weight.float() + dense(delta, weight)
         others = [dim for dim in range(moved.dim()) if dim != axis]
-        norm = moved.norm(dim=others, keepdim=True)
+        norm = torch.linalg.vector_norm(moved, dim=others, keepdim=True)
         size = magnitude.to(weight.device).reshape(norm.shape)
         return torch.where(norm > 0, moved * (size / norm), moved) - weight.float()
 

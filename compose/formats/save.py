@@ -156,9 +156,25 @@ def _kohya(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors |= _kohya_module(name, adapter.deltas.get(site), adapter.biases.get(site))
     for name, parts in fused.items():
         tensors |= _kohya_fused(name, parts, adapter)
+    _share_alpha(tensors)
     first = next((delta for delta in adapter.deltas.values() if isinstance(delta, LowRank)), None)
     dims = {"ss_network_module": "networks.lora", "ss_network_dim": str(first.down.shape[0])} if first else {}
     return tensors, dims
+
+
+def _share_alpha(tensors: dict[str, Tensor]) -> None:
+    """Give every module the commonest alpha, the rest of its scale going into `up`.
+
+    diffusers 0.42.1 ignores alphas that differ from the commonest one in SD1.5 and SDXL files (a test shows it).
+    """
+    alphas = {key: tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}
+    counted = Counter(alpha for alpha in alphas.values() if alpha).most_common(1)
+    usual = counted[0][0] if counted else 1.0
+    for key, alpha in alphas.items():
+        if alpha != usual:
+            up = f"{key.removesuffix('.alpha')}.lora_up.weight"
+            tensors[up] = (tensors[up].float() * (alpha / usual)).to(tensors[up].dtype)
+            tensors[key] = torch.tensor(usual, dtype=torch.float32)
 
 
 def kohya_name(site: str, family: str) -> tuple[str, Target | None]:
