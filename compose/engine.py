@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compose import rows as call_rows
 from compose.adapter import Adapter
-from compose.backends import BACKENDS, Backend, Budget, Gate, Job, choose
+from compose.backends import BACKENDS, Backend, Budget, Gate, Job, Spread, choose
 from compose.backends.base import check_adapters
 from compose.clock import Clock
 from compose.errors import BackendError, RequestError, unknown
@@ -91,13 +91,14 @@ class Composition:
     ) -> None:
         self.pipe, self.layout = pipe, layout_of(pipe)
         self.denoiser: nn.Module = getattr(pipe, self.layout.denoiser)
+        self._forward = type(getattr(self.denoiser, "_orig_mod", self.denoiser)).forward
         self._budget, self._gates, self._cache = budget or Budget(), gates or {}, cache
         self._context, self._recompile, self.say = context or Context(), recompile, say
         self._pictures = pictures
         self._sites = sites_of(pipe)
         self._adapters = list(adapters)
         self._set_policy(policy)
-        self._backend_name = backend
+        self._asked = backend
 
     def _set_policy(self, policy: Policy | Sequence[Policy]) -> None:
         policies = list(policy) if isinstance(policy, Sequence) else [policy]
@@ -155,22 +156,23 @@ class Composition:
 
     def _make_backends(self) -> tuple[Backend, Backend | None]:
         self._text_names = self._touching(self._adapters, TEXT_ENCODERS)
-        make = self._maker()
-        return make(), make() if self._text_names else None
-
-    def _maker(self) -> Callable[[], Backend]:
-        if not isinstance(self._backend_name, str):
-            return lambda: self._backend_name
-        name = self._backend_name
+        if not isinstance(self._asked, str):
+            if self._text_names:
+                raise BackendError(
+                    "these adapters change text encoders too; give the backend by name, not as an object"
+                )
+            return self._asked, None
+        name = self._asked
         if name == "auto":
             name, reason = choose(self._mixes(), self._adapters, self._sites)
             self.say(f"backend {name}: {reason}")
         if name not in BACKENDS:
             raise RequestError(unknown("backend", name, ["auto", *BACKENDS]))
-        return BACKENDS[name]
+        return BACKENDS[name](), BACKENDS[name]() if self._text_names else None
 
     def _attach(self) -> None:
-        self._takeover.check_compiled(self.backend, self._recompile, self.say)
+        if not self.backend.in_weights:
+            self._takeover.check_compiled(self._recompile, self.say)
         self.backend.attach(self._job((self.layout.denoiser,), self._budget, self.layout.mixed))
         if self.text_backend is not None:
             self.text_backend.attach(self._job(TEXT_ENCODERS, self._budget, mixed=False))
@@ -186,6 +188,7 @@ class Composition:
         return Job(
             sites=sites,
             adapters=self._adapters,
+            roots=[m for name in components if isinstance(m := getattr(self.pipe, name, None), nn.Module)],
             budget=budget,
             gates=self._gates,
             device=torch.device(self.pipe._execution_device),
@@ -198,7 +201,7 @@ class Composition:
         scheduler, take = self.pipe.scheduler, self._takeover
         take.replace(scheduler, "step", self._ticking)
         take.replace(scheduler, "set_timesteps", self._starting)
-        if self.text_backend is not None:
+        if self.text_backend is not None or self._worded():
             take.replace(self.pipe, "encode_prompt", self._encoding)
         take.route(self._denoise)
 
@@ -211,17 +214,17 @@ class Composition:
 
     # checks
 
-    def _mixes(self) -> list[Mix]:
-        """Distinct mixes of a nominal run, those of the text among them."""
-        steps = [Step(index=n, count=NOMINAL_STEPS, sigma=1.0) for n in range(NOMINAL_STEPS)]
-        branches = [b for step in steps for p in range(self.pictures) for b in self._policy(p).plan(step, p)]
-        mixes = [mix for b in branches for mix in (b.mix, b.text) if mix is not None]
-        return list({mix.key(): mix for mix in mixes}.values())
-
-    def _check_plans(self) -> None:
+    def _branches(self) -> Iterator[Branch]:
+        """All branches of a nominal run."""
         for index in range(NOMINAL_STEPS):
             for picture in range(self.pictures):
-                self._plan(Step(index=index, count=NOMINAL_STEPS, sigma=1.0), picture)
+                yield from self._plan(Step(index=index, count=NOMINAL_STEPS, sigma=1.0), picture)
+
+    def _mixes(self) -> list[Mix]:
+        """Distinct mixes of a nominal run of the denoiser."""
+        return list({branch.mix.key(): branch.mix for branch in self._branches()}.values())
+
+    def _check_plans(self) -> None:
         for mix in self._mixes():
             self.backend.check(mix)
 
@@ -287,14 +290,16 @@ class Composition:
 
     def _encoding(self, encode: Callable) -> Callable:
         def run(args: tuple, kwargs: dict, mix: Mix) -> Any:
-            self.text_backend.apply([mix])
+            if self.text_backend is not None:
+                self.text_backend.apply([mix])
             return encode(*_copied(args), **_copied(kwargs))
 
         def encoding(*args: Any, **kwargs: Any) -> Any:
             self._takeover.check_thread()
             first = self._text_mix(self._plan(Step(index=0, count=NOMINAL_STEPS, sigma=1.0), 0)[0])
             kept = (_copied(args), _copied(kwargs))
-            return self._texts.encode(lambda mix: run(*kept, mix), first)
+            prompt = kept[0][0] if args else kept[1].get("prompt")
+            return self._texts.encode(lambda mix: run(*kept, mix), first, prompt)
 
         return encoding
 
@@ -305,12 +310,13 @@ class Composition:
     def _denoise(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """One denoiser call: every branch of every picture, then the share-weighted sum."""
         self._takeover.check_thread()
-        call = bind(type(self.denoiser).forward, args, kwargs)
+        call = bind(self._forward, args, kwargs)
         total = call_rows.count(self.layout, call)
         step = self._clock.now(call[_timestep_name(self.layout)])
         plans = [self._plan(step, picture) for picture in range(self.pictures)]
         ordinal, self._ordinal = self._ordinal, self._ordinal + 1
-        outputs = [(each, self._run(original, call, each, ordinal)) for each in self._passes(plans, total)]
+        positive = self._positive(total, ordinal)
+        outputs = [(each, self._run(original, call, each, ordinal)) for each in self._passes(plans, positive)]
         if len(outputs) == 1 and all(branch.share == 1 for branch in outputs[0][0].branches):
             return outputs[0][1]
         return self._summed(call, total, outputs)
@@ -326,29 +332,48 @@ class Composition:
         last = outputs[-1][1]
         return call_rows.with_first(last, added.result(call_rows.first(last)))
 
-    def _passes(self, plans: Sequence[Sequence[Branch]], total: int) -> Iterator[Pass]:
+    def _positive(self, total: int, ordinal: int) -> list[bool]:
+        """Per row whether it reads the prompt, rather than the negative prompt, in the order of the family."""
+        if self.layout.guidance == "twice":
+            return [ordinal == 0] * total
+        guided = getattr(self.pipe, "do_classifier_free_guidance", False) and total % 2 == 0
+        negatives = [False] * (total // 2) if guided and self.layout.guidance == "doubled" else []
+        return [*negatives, *[True] * (total - len(negatives))]
+
+    def _passes(self, plans: Sequence[Sequence[Branch]], positive: Sequence[bool]) -> Iterator[Pass]:
         """The n-th branches of all rows together, as far as the backend can carry their mixes in one call."""
+        total = len(positive)
         if total % self.pictures:
             raise RequestError(f"a batch of {total} rows cannot hold {self.pictures} pictures; set pictures=")
         for n in range(max(map(len, plans))):
-            held = {row: plans[row % self.pictures] for row in range(total)}
-            chosen = [(row, plan[n]) for row, plan in held.items() if n < len(plan)]
-            for group in self._groups(chosen):
+            chosen = [
+                (row, plans[row % self.pictures][n])
+                for row in range(total)
+                if n < len(plans[row % self.pictures])
+            ]
+            for group in self._groups(chosen, positive):
                 yield Pass(tuple(row for row, _ in group), tuple(branch for _, branch in group))
 
-    def _groups(self, chosen: list[tuple[int, Branch]]) -> Iterator[list[tuple[int, Branch]]]:
-        if len({branch.mix.key() for _, branch in chosen}) == 1:
-            yield chosen
-            return
-        key: Callable[[Branch], Hashable] = lambda branch: branch.mix.key()  # noqa: E731
-        if self.backend.rows > 1:
-            key = lambda branch: (branch.mix.gate, branch.mix.mask)  # noqa: E731
+    def _groups(
+        self, chosen: Sequence[tuple[int, Branch]], positive: Sequence[bool]
+    ) -> Iterator[Sequence[tuple[int, Branch]]]:
         groups: dict[Hashable, list[tuple[int, Branch]]] = {}
         for row, branch in chosen:
-            groups.setdefault(key(branch), []).append((row, branch))
+            groups.setdefault(self._kind(row, branch, positive[row]), []).append((row, branch))
         for group in groups.values():
-            size = len(group) if self.backend.rows == 1 else self.backend.rows
+            mixed = len({branch.mix.key() for _, branch in group}) > 1
+            size = self.backend.rows if mixed else len(group)
             yield from (group[n : n + size] for n in range(0, len(group), size))
+
+    def _kind(self, row: int, branch: Branch, positive: bool) -> Hashable:
+        """Rows of one kind may share a call: same gate and mask, and the same mix where the backend needs it. A mask
+        ties them to one picture's areas, and to the prompt if words matter."""
+        mix = branch.mix
+        area = (row % self.pictures, positive and self._worded()) if mix.mask else None
+        return (mix.gate, mix.mask, area, mix.key() if self.backend.rows == 1 else None)
+
+    def _worded(self) -> bool:
+        return any(area.words for areas in self._areas() for area in areas.values())
 
     def _run(self, original: Callable, call: Mapping[str, Any], each: Pass, ordinal: int) -> Any:
         chosen = call_rows.pick(self.layout, call, each.rows)
@@ -359,10 +384,19 @@ class Composition:
                     chosen[name] = self._texts.swap(chosen[name], mixes)
         mixes = [branch.mix for branch in each.branches]
         same = len({mix.key() for mix in mixes}) == 1
-        spread = self._geometry.spread(call, each.rows[0] % self.pictures) if mixes[0].mask else None
+        spread = self._spread(call, each.rows[0], ordinal) if mixes[0].mask else None
         self.backend.apply(mixes[:1] if same else mixes, spread)
         with self._caching(each, ordinal):
             return original(**chosen)
+
+    def _spread(self, call: Mapping[str, Any], row: int, ordinal: int) -> Spread:
+        picture = row % self.pictures
+        words: dict[str, Tensor] = {}
+        if self._positive(call_rows.count(self.layout, call), ordinal)[row]:
+            for name, area in self._policy(picture).areas.items():
+                if area.words:
+                    words[name] = self._texts.share_of(self.pipe, self.layout, area.words)
+        return self._geometry.spread(call, picture, words)
 
     def _caching(self, each: Pass, ordinal: int) -> AbstractContextManager[None]:
         """Features kept by any step cache belong to one branch, one mix and one call of the step (trap T4)."""

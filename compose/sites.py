@@ -134,6 +134,9 @@ class Layout:
     `grid` (rows, channels, height, width), `packed` (rows, tokens, channels) or `list` (of channels, 1, height, width).
     `mixed`: rows stay the first dimension of every layer's input, so each may have its own adapters in one call.
     `clock`: (scale, offset) with scheduler timestep = scale * argument + offset.
+    `patch`: latent cells per token side; `text_sites`: pattern of the sites that see text tokens only; `joint_sites`:
+    of those that see text and image together, text first if `text_first`; `tokenizers`: whose tokens the text is made
+    of, in order, each with the number of tokens before the prompt's own.
     `guidance`: `doubled` batch, `twice` called, or `list`; rows of a call are then [picture 0, 1, ..] once or twice.
     """
 
@@ -145,6 +148,11 @@ class Layout:
     guidance: str
     mixed: bool = True
     clock: tuple[float, float] = (1.0, 0.0)
+    patch: int = 1
+    text_sites: str = r"\.(add_[qkv]_proj|to_add_out|ff_context|context_embedder)\b"
+    joint_sites: str = r"^$"
+    text_first: bool = False
+    tokenizers: tuple[tuple[str, int], ...] = ()
 
 
 _UNET = Layout(
@@ -166,6 +174,8 @@ _UNET = Layout(
     text=("encoder_hidden_states", "added_cond_kwargs"),
     shape="grid",
     guidance="doubled",
+    text_sites=r"\.(attn2\.to_[kv]|add_[kv]_proj)$",
+    tokenizers=(("tokenizer", 1),),
 )
 _FLUX = Layout(
     family="flux",
@@ -183,6 +193,9 @@ _FLUX = Layout(
     shape="packed",
     guidance="twice",
     clock=(1000.0, 0.0),
+    joint_sites=r"\.single_transformer_blocks\.",
+    text_first=True,
+    tokenizers=(("tokenizer_2", 0),),
 )
 LAYOUTS: dict[str, Layout] = {
     "sd15": _UNET,
@@ -200,6 +213,8 @@ LAYOUTS: dict[str, Layout] = {
         text=("encoder_hidden_states", "pooled_projections"),
         shape="grid",
         guidance="doubled",
+        patch=2,
+        tokenizers=(("tokenizer", 1), ("tokenizer_3", 0)),
     ),
     "flux": _FLUX,
     "kontext": replace(_FLUX, family="kontext"),
@@ -220,6 +235,7 @@ LAYOUTS: dict[str, Layout] = {
         shape="packed",
         guidance="twice",
         clock=(1000.0, 0.0),
+        text_sites=r"\.(add_[qkv]_proj|to_add_out|txt_mlp|txt_in)\b",
     ),
     "z-image": Layout(
         family="z-image",
@@ -229,6 +245,8 @@ LAYOUTS: dict[str, Layout] = {
         shape="list",
         guidance="list",
         mixed=False,
+        patch=2,
+        text_sites=r"\.(cap_embedder|context_refiner)\b",
         clock=(-1000.0, 1000.0),
     ),
 }
@@ -261,4 +279,4 @@ def layout_of(pipe: DiffusionPipeline) -> Layout:
 def bind(forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The call's arguments by name; arguments left out stay out."""
     bound = inspect.signature(forward).bind(None, *args, **kwargs).arguments
-    return {name: value for name, value in list(bound.items())[1:]}
+    return dict(list(bound.items())[1:])

@@ -53,8 +53,17 @@ class Takeover:
                 "pipeline"
             )
 
-    def check_compiled(self, backend: Any, recompile: bool, say: Callable[[str], None]) -> None:
-        """Hooks put on a compiled model are ignored in silence by torch, so that is refused, or compiled anew."""
+    def check_compiled(self, recompile: bool, say: Callable[[str], None]) -> None:
+        """Torch ignores hooks on what it has compiled, in silence: refuse that, or have all of it compiled anew."""
+        if not any(map(_compiled, self._owned)):
+            return
+        if not recompile:
+            raise BackendError(
+                "this model was compiled before the adapters were attached, so they would be ignored; compile it inside "
+                "`with composed(...)`, use backend 'fold', or pass recompile=True"
+            )
+        say("the model was compiled before attaching: torch compiles it anew at the next call")
+        torch.compiler.reset()
 
     def replace(self, target: Any, name: str, make: Callable[[Callable], Callable]) -> None:
         """Shadow a method of one object with `make(method)`, keeping its signature."""
@@ -74,11 +83,11 @@ class Takeover:
             "__call__": torch.compiler.disable(__call__, recursive=False),
             "__module__": kind.__module__,
         }
-        self.denoiser.__class__ = type(kind.__name__, (kind,), members)
+        object.__setattr__(self.denoiser, "__class__", type(kind.__name__, (kind,), members))
 
     def restore(self) -> None:
         """Put back everything, the scheduler's state included; may be called at any point, and twice."""
-        self.denoiser.__class__ = self._class
+        object.__setattr__(self.denoiser, "__class__", self._class)
         for target, name in self._patched:
             target.__dict__.pop(name, None)
         self._scheduler.__dict__.clear()
@@ -87,3 +96,11 @@ class Takeover:
             for module in self._owned:
                 module.__dict__.pop(_OWNER, None)
         self._patched, self._owned = [], []
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether any part of the model has been given to torch.compile."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
+        for module in model.modules()
+    )

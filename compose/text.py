@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.errors import BackendError
+from compose.errors import BackendError, RequestError
 from compose.plan import Mix
+from compose.sites import Layout
+from compose.words import token_share
 
 
 class Encoded:
@@ -37,14 +39,27 @@ class Texts:
     def __init__(self) -> None:
         self._calls: list[Encoded] = []
         self._used = False
+        self.prompt: str | Sequence[str] | None = None  # of the first encoding: that of the picture itself
         self._found: dict[tuple[int, int], tuple[Any, tuple[int, int, int]]] = {}
 
-    def encode(self, run: Callable[[Mix], Any], mix: Mix) -> Any:
+    def encode(self, run: Callable[[Mix], Any], mix: Mix, prompt: str | Sequence[str] | None) -> Any:
         if self._used:
             self._calls, self._found, self._used = [], {}, False
+            self.prompt = None
         self._calls.append(Encoded(run))
+        self.prompt = self.prompt or prompt
         self._base = mix
         return self._calls[-1].under(mix)
+
+    def share_of(self, pipe: Any, layout: Layout, words: str) -> Tensor:
+        """(text tokens,): which of them `words` of the prompt became; all prompts of the call must agree."""
+        prompts = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt or ())
+        shares = [token_share(pipe, layout, prompt, words) for prompt in dict.fromkeys(prompts)]
+        if not shares or any(not torch.equal(share, shares[0]) for share in shares):
+            raise RequestError(
+                f"the words '{words}' of a region need one prompt, the same for all pictures of a call"
+            )
+        return shares[0]
 
     def swap(self, value: Any, mixes: Sequence[Mix]) -> Any:
         """`value` (a tensor of rows, a list of them, or a dict of tensors) with row n as encoded under mixes[n]."""

@@ -7,20 +7,57 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from compose.adapter import Adapter
-from compose.backends.base import Backend, Budget, Gate, Job, Spread
+from compose.adapter import Adapter, LowRank
+from compose.backends.base import (
+    Backend,
+    Budget,
+    Gate,
+    Job,
+    Spread,
+    free_memory,
+    quantised,
+    touched,
+    weights_elsewhere,
+)
+from compose.backends.fold import FoldBackend
+from compose.backends.peft import PeftBackend
 from compose.backends.torch import TorchBackend
 from compose.plan import Mix
 from compose.sites import Sites
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "torch": TorchBackend,
+    "fold": FoldBackend,
+    "peft": PeftBackend,
 }
+__all__ = ["BACKENDS", "Backend", "Budget", "Gate", "Job", "Spread", "choose"]
+GIB = 2**30
 
 
 def choose(mixes: Sequence[Mix], adapters: Sequence[Adapter], sites: Sites) -> tuple[str, str]:
-    """(backend, reason)."""
-    return "torch", "weights may change, so adapters stay on the side path"
+    """(backend, reason) for `backend="auto"`.
+
+    The cost model: a fold reads and writes each touched weight once and then costs nothing per step; the side path
+    costs two small products per touched layer and call. So one mix for the whole run is folded, provided that the
+    weights are at hand, unquantised, and twice the copies fit into free memory (a copy on the host would cost more
+    than the side path of a run); mixes that change, masks and gates stay on the side path. Deltas that are not
+    low-rank can only be folded.
+    """
+    bound = [a.name for a in adapters if any(not isinstance(d, LowRank) for d in a.deltas.values())]
+    if bound:
+        return "fold", f"adapter '{bound[0]}' is not low-rank, which only weights can carry"
+    if any(mix.gate or mix.mask for mix in mixes):
+        return "torch", "gates and masks act on activations"
+    if len(mixes) > 1:
+        return "torch", f"{len(mixes)} mixes take turns, so adapters stay beside the weights"
+    return _static([sites[name] for name in touched(adapters, sites)])
 
 
-__all__ = ["BACKENDS", "Backend", "Budget", "Gate", "Job", "Spread"]
+def _static(touched_sites: Sequence) -> tuple[str, str]:
+    for site in touched_sites:
+        if quantised(site.module) or weights_elsewhere(site.module):
+            return "torch", f"{site.name} cannot be folded into"
+    size = sum(site.module.weight.nbytes for site in touched_sites)
+    if touched_sites and 2 * size > free_memory(touched_sites[0].module.weight.device):
+        return "torch", f"a copy of {size / GIB:.1f} GiB of weights would not fit in memory"
+    return "fold", f"one mix for the whole run; {len(touched_sites)} weights are folded once"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -43,16 +44,20 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What a backend is attached to. `dtype`: for sites whose weight is quantised; `mixed`: rows of a call may differ."""
+    """What a backend is attached to. `roots`: the models that hold the sites. `dtype`: for sites whose weight is quantised; `mixed`: rows of a call may differ."""
 
     sites: Sites
     adapters: Sequence[Adapter]
+    roots: Sequence[nn.Module] = ()
     budget: Budget = field(default_factory=Budget)
     gates: Mapping[str, Gate] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     mixed: bool = True
     say: Callable[[str], None] = lambda line: None
+
+    def with_adapters(self, adapters: Sequence[Adapter]) -> Job:
+        return replace(self, adapters=adapters)
 
     def find(self, table: Mapping[str, Any], name: str) -> Any:
         """What `table` holds for the site called `name`, under any of the site's spellings; None if nothing."""
@@ -63,11 +68,17 @@ class Backend(Protocol):
     """Moves tensors, decides nothing.
 
     `rows` is how many different mixes one call may carry; the engine splits the batch where a call needs more.
+    `in_weights`: it changes nothing but weights, so that a model compiled before sees it.
     """
 
     rows: int
+    in_weights: bool
 
     def attach(self, job: Job) -> None: ...
+
+    def fill(self, adapters: Sequence[Adapter]) -> None:
+        """Take other adapters in place of those attached, within the budget."""
+        ...
 
     def check(self, mix: Mix) -> None:
         """Raise BackendError for a mix that this backend cannot carry out."""
@@ -181,3 +192,17 @@ def quantised(module: nn.Module) -> str | None:
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return str(weight.dtype).removeprefix("torch.")
     return None
+
+
+def weights_elsewhere(module: nn.Module) -> str | None:
+    """Why a layer's weight is not at hand between calls (sequential or group offload), else None."""
+    if module.weight.device.type == "meta":
+        return "is offloaded layer by layer"
+    return None
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes still free on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -116,6 +116,8 @@ class _Columns:
 class TorchBackend:
     """Side path in plain torch. Carries low-rank deltas, biases, gates, masks and a mix per row."""
 
+    in_weights = False
+
     def __init__(self) -> None:
         self.rows = 1
         self._slots: dict[str, Slot] = {}

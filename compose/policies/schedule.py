@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ def window(start: float = 0.0, stop: float = 1.0, factor: float = 1.0) -> Curve:
 def windows(*spans: tuple[float, float, float]) -> Curve:
     """Several windows (start, stop, factor) of one adapter; refuses spans that overlap."""
     spans = tuple(sorted(spans))
-    for (_, stop, _), (start, _, _) in zip(spans, spans[1:], strict=False):
+    for (_, stop, _), (start, _, _) in itertools.pairwise(spans):
         if start < stop:
             raise RequestError(f"schedules overlap: one ends at {stop:g}, the next begins at {start:g}")
     points: list[tuple[float, float]] = [(0.0, 0.0)]
