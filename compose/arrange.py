@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from compose.errors import RequestError, unknown
-from compose.pictures import read_picture
+from compose.pictures import box_of, read_picture
 from compose.plan import Area, Policy
 from compose.policies import POLICIES, Blocks, Schedule, make, window
 from compose.prompt import Pick
@@ -18,6 +18,10 @@ def check_policy(request: Request) -> None:
     """Raises RequestError for a policy that does not exist, or regions beside a policy that takes none."""
     if request.policy not in POLICIES:
         raise RequestError(unknown("policy", request.policy, POLICIES))
+    if request.policy == "regions" and not request.regions:
+        raise RequestError(
+            "policy 'regions' needs at least one region; give --region NAME=x0,y0,x1,y1 or NAME=mask.png"
+        )
     if request.regions and request.policy not in ("merge", "regions"):
         raise RequestError(
             f"regions cannot be used with policy '{request.policy}'; leave --policy out, or give regions"
@@ -62,13 +66,3 @@ def _area(name: str, place: str) -> Area:
         return Area(box=box)
     mask = read_picture(place, f"region of '{name}'", "L").image
     return Area(picture=np.asarray(mask, dtype=np.float32) / 255.0)
-
-
-def box_of(place: str) -> tuple[float, float, float, float] | None:
-    """Four numbers with commas between, or None where `place` is something else."""
-    parts: Sequence[str] = place.split(",")
-    try:
-        left, top, right, bottom = (float(part) for part in parts)
-    except ValueError:
-        return None
-    return left, top, right, bottom

@@ -5,7 +5,9 @@ Only safetensors are read and no remote code is run; every way to fail ends in o
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -23,7 +25,7 @@ from compose.errors import BaseModelError, unknown
 
 OFFLOADS = ("none", "model", "sequential")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FAILURES = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
@@ -53,7 +55,7 @@ def find(base: str, config: str | None = None, variant: str | None = None) -> So
         return _file(base, path, Path(config).expanduser() if config else None)
     if _HUB_ID.fullmatch(base) and path.suffix != ".safetensors":
         return _folder(base, fetch(base, variant))
-    if len(path.parts) > 1 or path.suffix:
+    if len(path.parts) > 1 or path.suffix or base.startswith((".", "~")):
         raise BaseModelError(
             f"base '{base}' does not exist; give a diffusers folder, a .safetensors file or a hub id"
         )
@@ -68,7 +70,7 @@ def fetch(hub_id: str, variant: str | None = None) -> Path:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, variant=variant))
     except _FAILURES as error:
         raise BaseModelError(
-            f"base '{hub_id}' is not on this machine and could not be fetched ({_first_line(error)}); with network run "
+            f"base '{hub_id}' is not on this machine and could not be fetched ({_first_line(_root(error))}); with network run "
             f"'hf download {hub_id}', or give --base FOLDER, --base FILE.safetensors or --base {BUNDLED}"
         ) from None
 
@@ -179,6 +181,27 @@ def pipeline_class(kind: Kind, mode: str) -> type[DiffusionPipeline]:
     return getattr(importlib.import_module("diffusers"), kind.pipelines[mode])
 
 
+def rewrap(pipe: DiffusionPipeline, cls: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """Another pipeline class over the same components, nothing copied, cast or moved."""
+    accepted = inspect.signature(cls.__init__).parameters
+    parts = {name: part for name, part in pipe.components.items() if name in accepted}
+    if "requires_safety_checker" in accepted:
+        parts["requires_safety_checker"] = pipe.config.get("requires_safety_checker", False)
+    view = cls(**parts)
+    view.set_progress_bar_config(disable=True)
+    return view
+
+
+def weights_in_memory(pipe: DiffusionPipeline) -> str:
+    """SHA-256 over every component's tensors, their names, shapes and dtypes, in hex."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        for key, tensor in sorted(part.state_dict().items()) if isinstance(part, torch.nn.Module) else ():
+            digest.update(f"{name}.{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def choose_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or the best there is: CUDA, Apple's MPS, CPU. Raises BaseModelError for one not there."""
     if device in (None, "auto"):
@@ -236,6 +259,12 @@ def check_offload(offload: str, device: torch.device) -> None:
         raise BaseModelError(
             f"--offload {offload} moves weights off a GPU, and the device is the CPU; leave --offload out"
         )
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error began with: the hub's client wraps 'Name or service not known' three times."""
+    cause = error.__cause__ or error.__context__
+    return _root(cause) if cause else error
 
 
 def _first_line(error: BaseException) -> str:

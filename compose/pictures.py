@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from compose.errors import RequestError
+from compose.request import Request
 
 _MARK = ";base64,"
 
@@ -57,8 +59,40 @@ def _bytes(source: str, what: str) -> bytes:
         raise RequestError(f"cannot read the {what} '{source}': {error.strerror or error}") from None
 
 
+def read_all(request: Request) -> dict[str, Picture]:
+    """Every picture that a request names: its image, its mask, the masks of its regions. Raises RequestError."""
+    pictures: dict[str, Picture] = {}
+    if request.image is not None:
+        pictures["image"] = read_picture(request.image)
+    if request.mask is not None:
+        pictures["mask"] = read_picture(request.mask, "mask", "L")
+    for name, place in request.regions.items():
+        if box_of(place) is None:
+            pictures[f"region of {name}"] = read_picture(place, f"region of '{name}'", "L")
+    return pictures
+
+
+def sized(pictures: Mapping[str, Picture], request: Request) -> dict[str, PIL.Image.Image]:
+    """The pictures as call arguments, at the size that is drawn."""
+    size = (request.width or 0, request.height or 0)
+    filters = {"image": PIL.Image.Resampling.LANCZOS, "mask": PIL.Image.Resampling.NEAREST}
+    names = {"image": "image", "mask": "mask_image"}
+    return {
+        names[what]: pictures[what].image.resize(size, filters[what]) for what in names if what in pictures
+    }
+
+
 def as_uri(image: PIL.Image.Image) -> str:
     """A picture in memory as a `data:` URI (PNG), so that a request and its record stay plain text."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return f"data:image/png{_MARK}{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def box_of(place: str) -> tuple[float, float, float, float] | None:
+    """Four numbers with commas between, or None where `place` is something else."""
+    try:
+        left, top, right, bottom = (float(part) for part in place.split(","))
+    except ValueError:
+        return None
+    return left, top, right, bottom

@@ -6,7 +6,7 @@ It loads a base, finds the adapters, hands both to the engine, and calls an unmo
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import inspect
 import platform
 import secrets
@@ -25,13 +25,15 @@ from diffusers import DiffusionPipeline
 
 from compose import bases, loading
 from compose.adapter import Adapter
-from compose.arrange import box_of, check_policy, policy_for
+from compose.arrange import check_policy, policy_for
+from compose.backends import BACKENDS
 from compose.bases import Kind
 from compose.digest import file_digest, folder_digest, weights_digest
+from compose.engine import Composition
 from compose.errors import AdapterError, RequestError
 from compose.formats import load, resolve
-from compose.pictures import Picture, as_uri, read_picture
-from compose.plan import Policy
+from compose.pictures import Picture, as_uri, read_all, sized
+from compose.plan import Context, Policy
 from compose.prompt import Pick, weave
 from compose.record import Applied, Record, Result
 from compose.request import Request
@@ -83,11 +85,12 @@ class ComposePipeline:
         self.kind: Kind = bases.identify(type(pipe).__name__, denoiser.config, self.name)
         self.offload = "none"
         self.source: Path | None = None
+        self._sha256 = ""
         self._options: dict[str, str] = {}
         self._loaded = pipe
         self._views: dict[type, DiffusionPipeline] = {type(pipe): pipe}
         self._placed: DiffusionPipeline = pipe
-        self._files: dict[str, Adapter] = {}
+        self._files: dict[tuple[str, str], Adapter] = {}
         self._lock = threading.RLock()
 
     @classmethod
@@ -138,10 +141,12 @@ class ComposePipeline:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the base: of its files, or of the weights in memory where it was not loaded from files here."""
-        if self.source is None:
-            return _weights_in_memory(self._loaded)
-        return folder_digest(self.source) if self.source.is_dir() else file_digest(self.source)
+        """SHA-256 of the base as it was first used: of its files, or of the weights in memory where it was wrapped."""
+        if not self._sha256 and self.source is None:
+            self._sha256 = loading.weights_in_memory(self._loaded)
+        elif not self._sha256:
+            self._sha256 = folder_digest(self.source) if self.source.is_dir() else file_digest(self.source)
+        return self._sha256
 
     def __call__(
         self,
@@ -156,6 +161,8 @@ class ComposePipeline:
         `fields` are those of `Request`; `image` and `mask` may be PIL pictures. `library` is the user's own where left
         out. Raises ComposeError, in one line, before anything is drawn.
         """
+        if isinstance(prompt, Request) and fields:
+            raise RequestError(f"give a Request or fields, not both; got a Request and {', '.join(fields)}")
         request = prompt if isinstance(prompt, Request) else self._request(prompt, fields)
         if request.base != self.name:
             raise RequestError(f"this pipeline holds base '{self.name}', the request wants '{request.base}'")
@@ -174,7 +181,7 @@ class ComposePipeline:
                 f"recorded {record.base_sha256[:12]}"
             )
         with self._lock:
-            pictures = _read_pictures(record.request)
+            pictures = read_all(record.request)
             for what, picture in pictures.items():
                 if picture.sha256 != record.inputs.get(what):
                     raise RequestError(
@@ -196,12 +203,12 @@ class ComposePipeline:
     def _prepare(self, request: Request, library: Library | None, progress: Progress) -> Order:
         check_policy(request)
         mode = bases.mode_of(self.kind, request)
-        pictures = _read_pictures(request)
+        pictures = read_all(request)
         size = pictures["image"].image.size if "image" in pictures else None
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         filled = dataclasses.replace(request, seed=seed, **bases.fill(self.kind, mode, request, size))
         uses, notes = self._uses(filled, library, progress)
-        adapters = tuple(self._open(use, progress) for use in uses)
+        adapters = self._open(uses)
         text, woven = weave(filled.text, [t for use in uses for t in use.triggers] if filled.triggers else [])
         applied = tuple(_applied(use, adapter, woven) for use, adapter in zip(uses, adapters, strict=True))
         record = Record(
@@ -226,7 +233,7 @@ class ComposePipeline:
             policy=policy_for(record.request, {item.name: item.pick for item in record.adapters})
             if adapters
             else None,
-            pictures=_sized(pictures, record.request),
+            pictures=sized(pictures, record.request),
         )
 
     def _place(self) -> dict[str, str]:
@@ -287,32 +294,30 @@ class ComposePipeline:
             for choice in choices
         ]
 
-    def _open(self, use: Use, progress: Progress) -> Adapter:
-        adapter = self._load(str(use.card.path), use.card.name)
-        if adapter.family not in self.kind.families:
-            raise AdapterError(
-                f"adapter '{use.card.name}' is made for {adapter.family or 'an unknown family'}, base '{self.name}' takes "
-                f"{' or '.join(self.kind.families)}; choose another adapter or another --base"
-            )
-        return adapter
+    def _open(self, uses: Sequence[Use]) -> tuple[Adapter, ...]:
+        """The adapters of this request; those that the last one used and this one does not are let go."""
+        before, self._files = self._files, {}
+        for use in uses:
+            key = (file_digest(str(use.card.path)), use.card.name)
+            self._files[key] = before.get(key) or load(str(use.card.path), name=use.card.name)
+            self._check_family(use, self._files[key])
+        return tuple(self._files.values())
 
-    def _load(self, path: str, name: str) -> Adapter:
-        """One adapter file, kept in memory while it stays as it is."""
-        key = f"{file_digest(path)}:{name}"
-        if key not in self._files:
-            self._files[key] = load(path, name=name)
-        return self._files[key]
+    def _check_family(self, use: Use, adapter: Adapter) -> None:
+        for family in (adapter.family, use.card.family):
+            if family not in ("", "unknown", *self.kind.families):
+                raise AdapterError(
+                    f"adapter '{use.card.name}' is made for {family}, base '{self.name}' takes "
+                    f"{' or '.join(self.kind.families)}; choose another adapter or another --base"
+                )
 
     def _again(self, item: Applied, library: Library | None) -> Adapter:
         """The adapter of a record, wherever it lies now."""
-        places = [item.path]
-        if not _holds(item.path, item.sha256):
-            places = [
-                card.path for card in _library(library).cards() if card.sha256 == item.sha256 and card.path
-            ]
-        for path in places:
-            if _holds(path, item.sha256):
-                return self._load(path, item.name)
+        if _holds(item.path, item.sha256):
+            return load(item.path, name=item.name)
+        for card in _library(library).cards():
+            if card.sha256 == item.sha256 and card.path and _holds(card.path, item.sha256):
+                return load(card.path, name=item.name)
         raise AdapterError(
             f"adapter '{item.name}' (SHA-256 {item.sha256[:12]}) is not at '{item.path}' as recorded, nor in the library; "
             "put the file back, or 'compose library add' it"
@@ -329,23 +334,33 @@ class ComposePipeline:
         groups = sorted({index // size for index in indices})
         steps = _Steps(progress, len(groups))
         images: dict[int, PIL.Image.Image] = {}
-        with self._composition(pipe, order):
+        backend = ""
+        with self._composition(pipe, order) as composition:
+            if composition is not None:
+                backend = next(name for name, kind in BACKENDS.items() if type(composition.backend) is kind)
             for group in groups:
                 members = range(group * size, min((group + 1) * size, order.request.count))
                 images |= zip(members, self._call(pipe, order, members, steps), strict=True)
         return Result(
             images=tuple(images[index] for index in indices),
-            record=dataclasses.replace(order.record, index=indices[0]),
+            record=dataclasses.replace(order.record, index=indices[0], backend=backend),
             seconds=time.perf_counter() - begun,
         )
 
-    def _composition(self, pipe: DiffusionPipeline, order: Order) -> AbstractContextManager[Any]:
+    def _composition(
+        self, pipe: DiffusionPipeline, order: Order
+    ) -> AbstractContextManager[Composition | None]:
         """The one place where adapters meet the base; without adapters, the base as it is."""
         if order.policy is None:
-            return nullcontext(pipe)
-        from compose.engine import composed
-
-        return composed(pipe, order.adapters, order.policy, order.request.backend)
+            return nullcontext()
+        items = order.record.adapters
+        context = Context(
+            prompts=[order.record.prompt],
+            triggers={item.name: item.trigger for item in items if item.trigger},
+            encode=functools.partial(_embed, self._loaded),
+        )
+        backend = order.record.backend or order.request.backend
+        return Composition(pipe, order.adapters, order.policy, backend, context=context)
 
     def _call(
         self, pipe: DiffusionPipeline, order: Order, members: Sequence[int], steps: _Steps
@@ -356,13 +371,12 @@ class ComposePipeline:
             args["strength"] = order.request.strength
         generators = [torch.Generator("cpu").manual_seed(_seed(order, index)) for index in members]
         try:
-            with torch.inference_mode():
-                return pipe(
-                    **args,
-                    num_images_per_prompt=len(members),
-                    generator=generators if len(generators) > 1 else generators[0],
-                    callback_on_step_end=steps,
-                ).images
+            return pipe(
+                **args,
+                num_images_per_prompt=len(members),
+                generator=generators if len(generators) > 1 else generators[0],
+                callback_on_step_end=steps,
+            ).images
         except torch.OutOfMemoryError:
             raise RequestError(
                 f"not enough memory on {self.device} for {len(members)} picture(s) of {order.request.width}x"
@@ -373,7 +387,7 @@ class ComposePipeline:
         """The diffusers pipeline of this mode over the same components; offload hooks follow it."""
         cls = loading.pipeline_class(self.kind, mode)
         if cls not in self._views:
-            self._views[cls] = _rewrap(self._loaded, cls)
+            self._views[cls] = loading.rewrap(self._loaded, cls)
         view = self._views[cls]
         if self.offload != "none" and view is not self._placed:
             loading.place(view, self.device, self.offload)
@@ -480,43 +494,11 @@ def _holds(path: str, sha256: str) -> bool:
     return Path(path).is_file() and file_digest(path) == sha256
 
 
-def _read_pictures(request: Request) -> dict[str, Picture]:
-    pictures = {}
-    if request.image is not None:
-        pictures["image"] = read_picture(request.image)
-    if request.mask is not None:
-        pictures["mask"] = read_picture(request.mask, "mask", "L")
-    for name, place in request.regions.items():
-        if box_of(place) is None:
-            pictures[f"region of {name}"] = read_picture(place, f"region of '{name}'", "L")
-    return pictures
-
-
-def _sized(pictures: Mapping[str, Picture], request: Request) -> dict[str, PIL.Image.Image]:
-    """The pictures as call arguments, at the size that is drawn."""
-    size = (request.width or 0, request.height or 0)
-    filters = {"image": PIL.Image.Resampling.LANCZOS, "mask": PIL.Image.Resampling.NEAREST}
-    names = {"image": "image", "mask": "mask_image"}
-    return {
-        names[what]: pictures[what].image.resize(size, filters[what]) for what in names if what in pictures
-    }
-
-
-def _rewrap(pipe: DiffusionPipeline, cls: type[DiffusionPipeline]) -> DiffusionPipeline:
-    """Another pipeline class over the same components, nothing copied, cast or moved."""
-    accepted = inspect.signature(cls.__init__).parameters
-    parts = {name: part for name, part in pipe.components.items() if name in accepted}
-    if "requires_safety_checker" in accepted:
-        parts["requires_safety_checker"] = pipe.config.get("requires_safety_checker", False)
-    view = cls(**parts)
-    view.set_progress_bar_config(disable=True)
-    return view
-
-
-def _weights_in_memory(pipe: DiffusionPipeline) -> str:
-    digest = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
-        for key, tensor in sorted(part.state_dict().items()) if isinstance(part, torch.nn.Module) else ():
-            digest.update(f"{name}.{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _embed(pipe: DiffusionPipeline, text: str) -> list[float]:
+    """A text's mean hidden state in the base's first text encoder: how policies measure what words matter."""
+    tokens = pipe.tokenizer(
+        text, truncation=True, max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        output = pipe.text_encoder(tokens.input_ids.to(pipe._execution_device), output_hidden_states=True)
+    return output.hidden_states[-1][0].float().mean(0).tolist()

@@ -59,7 +59,7 @@ class Record:
     """All that decides the pixels of picture `index` of `request`, which has every default filled in.
 
     `prompt` is what the text encoders read: tags taken out, triggers woven in. `inputs` maps image and mask to the
-    SHA-256 of their bytes. `place` is device, dtype and offload mode.
+    SHA-256 of their bytes. `backend` is the one that moved the weights, where adapters were used. `place` is device, dtype and offload mode.
     """
 
     request: Request
@@ -67,6 +67,7 @@ class Record:
     kind: str
     base_sha256: str
     sampler: str
+    backend: str = ""
     adapters: tuple[Applied, ...] = ()
     inputs: Mapping[str, str] = field(default_factory=dict)
     place: Mapping[str, str] = field(default_factory=dict)
