@@ -74,4 +74,4 @@ class Sum:
     def result(self, like: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         if isinstance(like, Tensor):
             return torch.stack(self._rows).to(like.dtype)
-        return [row.to(part.dtype) for row, part in zip(self._rows, like, strict=False)]
+        return [row.to(like[0].dtype) for row in self._rows]
