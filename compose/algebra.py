@@ -164,6 +164,9 @@ def norm(delta: Delta, base: Tensor | None = None) -> float:
 def distance(exact: Delta, other: Delta, base: Tensor | None = None) -> float:
     """Frobenius norm of the difference; for two low-rank deltas from the core of their stack, so cancellation does no
     harm down to 1e-15 of the size."""
+    shapes = [shape_of(delta) for delta in (exact, other)]
+    if all(shapes) and math.prod(shapes[0]) != math.prod(shapes[1]):
+        raise AdapterError(f"deltas of shapes {shapes[0]} and {shapes[1]} cannot be compared")
     if isinstance(exact, LowRank) and isinstance(other, LowRank):
         up = torch.cat(
             [exact.scale * exact.up.double().flatten(1), -other.scale * other.up.double().flatten(1)], dim=1

@@ -9,6 +9,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from compose.errors import AdapterError
+
 
 class Split(enum.Enum):
     """Which output rows of a fused module a site owns, given the module's (rows, columns)."""
@@ -28,7 +30,12 @@ class Target:
     order: int
 
     def rows(self, rows: int, columns: int) -> tuple[tuple[int, int], ...] | None:
-        """Row ranges of a (rows, columns) module that make up this site, in order; None means all as they are."""
+        """Row ranges of a (rows, columns) module that make up this site, in order; None means all as they are.
+
+        Raises AdapterError where the rows cannot be split so.
+        """
+        if (self.split is Split.THIRD and rows % 3) or (self.split is Split.LINEAR1 and rows <= 3 * columns):
+            raise AdapterError(f"{rows} x {columns} does not split into its projections")
         if self.split is Split.THIRD:
             return ((self.order * rows // 3, (self.order + 1) * rows // 3),)
         if self.split is Split.LINEAR1:

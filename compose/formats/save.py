@@ -224,7 +224,7 @@ def _kohya_fused(name: str, parts: Mapping[int, tuple[str, Target]], adapter: Ad
         order: bias.shape[0] for order, bias in biases.items()
     }
     columns = next((delta.down.shape[1] for delta in deltas.values()), 0)
-    sizes = _sizes(split, rows, columns)
+    sizes = _sizes(name, split, rows, columns)
     delta = _fuse(deltas, sizes) if deltas else None
     bias = _fuse_bias(biases, sizes) if biases else None
     if split is Split.MODULATION:
@@ -232,11 +232,18 @@ def _kohya_fused(name: str, parts: Mapping[int, tuple[str, Target]], adapter: Ad
     return _kohya_module(name, delta, bias)
 
 
-def _sizes(split: Split, rows: Mapping[int, int], columns: int) -> list[int]:
+def _sizes(name: str, split: Split, rows: Mapping[int, int], columns: int) -> list[int]:
     """Output rows of every share of a fused module; absent shares have the size that FLUX.1 gives them."""
     if split is Split.MODULATION:
         return [rows[0]]
     usual = columns or next(iter(rows.values()))
+    equal = {count for order, count in rows.items() if order < 3} | (
+        {usual} if split is Split.LINEAR1 else set()
+    )
+    if len(equal) > 1:
+        raise AdapterError(
+            f"{name} cannot be fused: its projections have {sorted(equal)} rows; write diffusers"
+        )
     if split is Split.THIRD:
         return [next(iter(rows.values()))] * 3
     return [rows.get(order, usual) for order in range(3)] + [rows.get(3, 4 * usual)]

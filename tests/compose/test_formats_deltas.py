@@ -266,6 +266,19 @@ def test_a_fused_projection_becomes_its_sites(read, form, kind, flat):
         close(adapter.biases[site], bias[owned])
 
 
+@pytest.mark.parametrize(
+    ("module", "rows"), [("double_blocks_0_img_attn_qkv", 25), ("single_blocks_0_linear1", 24)]
+)
+def test_rows_that_do_not_split_are_named(read, module, rows):
+    good = under(
+        "lora_unet_double_blocks_0_img_attn_proj", lora_down__weight=draw(4, 8), lora_up__weight=draw(8, 4)
+    )
+    bad = under(f"lora_unet_{module}", lora_down__weight=draw(4, 8), lora_up__weight=draw(rows, 4))
+    assert read(good | bad).unmatched == (
+        f"lora_unet_{module}: {rows} x 8 does not split into its projections",
+    )
+
+
 def test_ranks_that_a_site_does_not_use_are_dropped(read):
     down = draw(6, 8)
     up = torch.block_diag(draw(8, 2), draw(8, 2), draw(8, 2))

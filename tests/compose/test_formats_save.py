@@ -217,3 +217,13 @@ def test_header_says_what_the_file_is(tmp_path):
     assert header["compose.trigger"] == "sks" and header["compose.note"] == "hi"
     assert header["ss_network_dim"] == "2" and header["compose.family"] == "flux"
     assert "lora_adapter_metadata" not in header
+
+
+def test_projections_that_cannot_be_fused_are_refused(tmp_path):
+    sites = {
+        "transformer.single_transformer_blocks.0.attn.to_q": LowRank(
+            down=torch.randn(2, 8), up=torch.randn(6, 2)
+        )
+    }
+    with pytest.raises(AdapterError, match=r"cannot be fused: its projections have \[6, 8\] rows"):
+        save(Adapter(name="a", family="flux", deltas=sites), tmp_path / "a.safetensors", "kohya")
