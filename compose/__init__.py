@@ -11,7 +11,7 @@ from typing import Any
 _LAZY = {
     "ComposePipeline": "compose.pipeline",
     "Request": "compose.request",
-    "Result": "compose.request",
+    "Result": "compose.record",
     "Adapter": "compose.adapter",
     "composed": "compose.engine",
     "ComposeError": "compose.errors",

@@ -239,6 +239,38 @@ def test_bases_that_cannot_be_used_are_named(tmp_path, base, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
+    def offline(*args, **kwargs):
+        try:
+            raise ConnectionError("[Errno -2] Name or service not known")
+        except ConnectionError as error:
+            raise OSError("not fully cached\nand more lines") from error
+
+    monkeypatch.setattr("compose.loading.DiffusionPipeline.download", offline)
+    with pytest.raises(BaseModelError) as caught:
+        ComposePipeline.from_pretrained("some/model", device="cpu")
+    assert str(caught.value) == (
+        "base 'some/model' is not on this machine and could not be fetched ([Errno -2] Name or service not known); with "
+        "network run 'hf download some/model', or give --base FOLDER, --base FILE.safetensors or --base compose-mini"
+    )
+
+
+def test_a_hub_id_in_the_cache_is_used(tmp_path, monkeypatch, library):
+    folder = tiny.save(tiny.sd15(0), tmp_path / "snapshot")
+    monkeypatch.setattr("compose.loading.DiffusionPipeline.download", lambda *args, **kwargs: str(folder))
+    pipe = ComposePipeline.from_pretrained("some/model", device="cpu")
+    assert pipe.kind.name == "sd15"
+    assert pipe("a dog", library=library, **SMALL).record.request.base == "some/model"
+
+
+def test_a_missing_bundled_base_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("compose.loading.BASE", tmp_path)
+    with pytest.raises(
+        BaseModelError, match="base 'compose-mini' has no model_index.json .*; reinstall lora-compose"
+    ):
+        ComposePipeline.from_pretrained(device="cpu")
+
+
 def test_a_damaged_base_is_one_line(tmp_path):
     folder = tiny.save(tiny.sd15(0), tmp_path / "base")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
