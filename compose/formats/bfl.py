@@ -29,20 +29,28 @@ class Target:
     split: Split
     order: int
 
-    def rows(self, rows: int, columns: int) -> tuple[tuple[int, int], ...] | None:
+    def rows(self, rows: int, columns: int | None) -> tuple[tuple[int, int], ...] | None:
         """Row ranges of a (rows, columns) module that make up this site, in order; None means all as they are.
 
-        Raises AdapterError where the rows cannot be split so.
+        `columns` is None where only a bias is known. Raises AdapterError where the rows cannot be split so.
         """
+        if self.split is Split.WHOLE:
+            return None
+        if columns is None:
+            columns = self._columns(rows)
+        if self.split is Split.MODULATION:
+            return ((rows // 2, rows), (0, rows // 2)) if rows == 2 * columns else None
         if (self.split is Split.THIRD and rows % 3) or (self.split is Split.LINEAR1 and rows <= 3 * columns):
             raise AdapterError(f"{rows} x {columns} does not split into its projections")
-        if self.split is Split.THIRD:
-            return ((self.order * rows // 3, (self.order + 1) * rows // 3),)
-        if self.split is Split.LINEAR1:
-            return ((self.order * columns, (self.order + 1) * columns if self.order < 3 else rows),)
-        if self.split is Split.MODULATION and rows == 2 * columns:
-            return ((rows // 2, rows), (0, rows // 2))
-        return None
+        step = rows // 3 if self.split is Split.THIRD else columns
+        last = self.split is Split.LINEAR1 and self.order == 3
+        return ((self.order * step, rows if last else (self.order + 1) * step),)
+
+    def _columns(self, rows: int) -> int:
+        """Width told by the length of a bias: FLUX.1's linear1 has 7 times as many rows, a final modulation twice."""
+        if self.split is Split.MODULATION and not self.site.endswith("norm_out.linear"):
+            raise AdapterError("a bias alone does not tell how its rows are ordered")
+        return rows // (7 if self.split is Split.LINEAR1 else 2)
 
 
 Table = dict[str, tuple[Target, ...]]

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from compose.adapter import Adapter, Delta
+from compose.adapter import Adapter, Delta, LowRank
 from compose.digest import file_digest
 from compose.errors import AdapterError
 from compose.formats import files
+from compose.formats.bfl import Split
 from compose.formats.family import detect, from_metadata, from_widths
 from compose.formats.kinds import Change, Scaling, change, shape_of, take_rows
 from compose.formats.names import canonical, locate, split
@@ -138,15 +139,24 @@ def _pieces(
     if not targets:
         raise AdapterError("no such module in any known base")
     changed = change(parts, scalings.of(targets[0].site, parts))
-    rows, columns = _rows_columns(changed, parts)
-    return [(target.site, take_rows(changed, target.rows(rows, columns))) for target in targets]
+    if len(targets) == 1 and targets[0].split is Split.WHOLE:
+        return [(targets[0].site, changed)]
+    rows, columns = _rows_columns(changed)
+    pieces = [(target.site, take_rows(changed, target.rows(rows, columns))) for target in targets]
+    return [(site, piece) for site, piece in pieces if not _is_zero(piece)] or pieces
 
 
-def _rows_columns(changed: Change, parts: Mapping[str, Tensor]) -> tuple[int, int]:
+def _is_zero(piece: Change) -> bool:
+    """A share of a fused module that was filled with zeros because the adapter does not touch that site."""
+    return piece.bias is None and isinstance(piece.delta, LowRank) and not bool(piece.delta.up.any())
+
+
+def _rows_columns(changed: Change) -> tuple[int, int | None]:
     if changed.shape:
         return changed.shape[0], math.prod(changed.shape[1:])
-    rows = changed.bias.shape[0] if changed.bias is not None else next(iter(parts.values())).shape[0]
-    return rows, rows
+    if changed.bias is None:
+        raise AdapterError("its shape is not told")
+    return changed.bias.shape[0], None
 
 
 class Scalings:
