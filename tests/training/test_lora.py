@@ -12,7 +12,15 @@ import tiny
 import torch
 from compose.training.examples import encode
 from compose.training.lora import BaseFacts, LoraSettings, checkpoint_of, learning_rate, step_generator, train
-from compose.training.objectives import OBJECTIVES, Batch, flux_loss, objective_of, places_of, tokens_of
+from compose.training.objectives import (
+    OBJECTIVES,
+    Batch,
+    flow_point,
+    flux_loss,
+    objective_of,
+    places_of,
+    tokens_of,
+)
 from compose.training.pictures import Picture
 from compose.training.preview import draw
 from safetensors import safe_open
@@ -283,6 +291,24 @@ def test_guidance_reaches_a_distilled_model():
     batch = examples_of(pipe).draw(step_generator(0, 0), 2)
     low, high = (flux_loss(pipe, guidance=g)(batch, step_generator(0, 1)) for g in (1.0, 3.5))
     assert low != high
+
+
+def test_the_velocity_leads_back_to_the_picture():
+    latents = torch.randn(64, 4, 8, 8)
+    noisy, time, velocity = flow_point(latents, step_generator(0, 0))
+    again = noisy - time.view(-1, 1, 1, 1) * velocity  # the sampler's own step, from sigma = t to 0
+    assert torch.allclose(again, latents, atol=1e-5)
+    assert 0.4 < time.median() < 0.6 and 0 < time.min() and time.max() < 1
+    assert abs((noisy + (1 - time.view(-1, 1, 1, 1)) * velocity).std() - 1) < 0.05
+
+
+def test_trainable_bases_stay_trainable(tmp_path):
+    pipe = tiny.flux(0)
+    pipe.transformer.requires_grad_(True)
+    pipe.vae.requires_grad_(True)
+    before = fingerprint(pipe)
+    run(pipe, tmp_path / "a.safetensors", steps=1)
+    assert fingerprint(pipe) == before
 
 
 def test_packing_is_that_of_the_pipeline():
