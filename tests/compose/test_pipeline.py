@@ -266,7 +266,7 @@ def test_a_hub_id_in_the_cache_is_used(tmp_path, monkeypatch, library):
 def test_a_missing_bundled_base_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("compose.loading.BASE", tmp_path)
     with pytest.raises(
-        BaseModelError, match="base 'compose-mini' has no model_index.json .*; reinstall lora-compose"
+        BaseModelError, match=r"base 'compose-mini' has no model_index.json .*; reinstall lora-compose"
     ):
         ComposePipeline.from_pretrained(device="cpu")
 
