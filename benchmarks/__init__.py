@@ -1,0 +1,1 @@
+"""Questions with numbers for answers: one file each, results in results/*.csv."""

@@ -1,0 +1,442 @@
+"""The bundled base compose-mini: a FLUX transformer and its T5 trained from nothing on cached latents of scenes,
+a third of the batches with a reference picture as Kontext has; then guidance is distilled into its embedding.
+
+    compose train base --stage vae --archive pictures.zip --phrases phrases.safetensors --out FOLDER
+    torchrun --nproc-per-node N -m compose.training.base --stage base ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from compose.retrieval.clip import from_open_clip
+
+from . import clip, loop, tokenizer, vae
+from .data.concepts import BASE_STYLES
+from .data.scenes import Captioned, Composer, Pictures, Sampler, Scene
+from .tokenizer import T5_LENGTH
+
+STAGES = ("tokenizer", "vae", "clip", "base", "distill", "pack")
+GRID = 8  # packed latent side: 128 px / 8 / 2
+TRANSFORMER = {
+    "in_channels": 64, "num_layers": 2, "num_single_layers": 8, "attention_head_dim": 64, "num_attention_heads": 4,
+    "joint_attention_dim": 256, "pooled_projection_dim": 256, "guidance_embeds": True, "axes_dims_rope": (16, 24, 24),
+}  # fmt: skip
+LONG = 512  # FluxPipeline's own text length: a few distillation batches use it, so that a plain call draws well
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseSettings:
+    batch: int = 1024
+    edit_batch: int = 640
+    cache: int = 500_000  # text-to-image scenes kept as latents per process
+    edits: int = 200_000
+    rate: float = 2e-3
+    steps: int = 40_000
+    seconds: float = 440.0
+    average: float = 0.999
+    drop: float = 0.1
+    seed: int = 14
+    every: int = 250
+    workers: int = 12
+
+
+def text_encoder(state: dict[str, Tensor], tokens: CLIPTokenizer) -> CLIPTextModel:
+    """The CLIP's text tower as transformers' model, whose pooled output FLUX takes."""
+    shape = clip.config(tokens)["text_cfg"]
+    config = CLIPTextConfig(
+        vocab_size=shape["vocab_size"], hidden_size=shape["width"], intermediate_size=int(shape["width"] * shape["mlp_ratio"]),
+        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], max_position_embeddings=shape["context_length"], hidden_act="gelu",
+        bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id, projection_dim=256,
+    )  # fmt: skip
+    model = CLIPTextModel(config)
+    prefix = "text_model." if any(key.startswith("text_model.") for key in model.state_dict()) else ""
+    weights = {f"{prefix}{key}": value.float() for key, value in from_open_clip(state).items()}
+    missing = [key for key in model.load_state_dict(weights, strict=False).missing_keys if "position_ids" not in key]
+    if missing:
+        raise ValueError(f"the CLIP text tower lacks {missing}")
+    return model.eval().requires_grad_(False)
+
+
+def t5(tokens: PreTrainedTokenizerFast) -> T5EncoderModel:
+    """The sequence text encoder, trained jointly with the transformer."""
+    config = T5Config(
+        vocab_size=len(tokens), d_model=256, d_kv=64, num_heads=4, num_layers=3, d_ff=512, feed_forward_proj="gated-gelu",
+        dropout_rate=0.0, pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id, is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    return T5EncoderModel(config)
+
+
+def transformer() -> FluxTransformer2DModel:
+    """The denoiser; modulation and output start at zero, so that blocks start as identities."""
+    model = FluxTransformer2DModel(**TRANSFORMER)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")) or name == "proj_out"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(n, 16, 16, 16) -> FLUX's tokens (n, 64, 64)."""
+    n, c, h, w = latents.shape
+    return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)
+
+
+def picture_ids(reference: bool, device: torch.device) -> Tensor:
+    """Position ids of the image tokens (64 or 128, 3); a reference picture has 1 in its first column."""
+    grid = torch.stack(torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij"), -1).reshape(-1, 2)
+    ids = torch.cat([torch.zeros(len(grid), 1), grid], 1)
+    if reference:
+        ids = torch.cat([ids, torch.cat([torch.ones(len(grid), 1), grid], 1)])
+    return ids.to(device)
+
+
+class Denoise(nn.Module):
+    """(tokens, pooled, noisy latents, time, guidance, reference) -> velocity (n, 64, 64); one graph to compile."""
+
+    def __init__(self, denoiser: FluxTransformer2DModel, words: T5EncoderModel):
+        super().__init__()
+        self.denoiser, self.words = denoiser, words
+
+    def forward(self, tokens: Tensor, pooled: Tensor, noisy: Tensor, time_: Tensor, guidance: Tensor, reference: Tensor | None, ids: Tensor) -> Tensor:
+        said = self.words(input_ids=tokens).last_hidden_state
+        shown = noisy if reference is None else torch.cat([noisy, reference], 1)
+        text_ids = torch.zeros(tokens.shape[1], 3, device=ids.device)
+        out = self.denoiser(
+            hidden_states=shown, encoder_hidden_states=said, pooled_projections=pooled, timestep=time_, guidance=guidance,
+            img_ids=ids, txt_ids=text_ids, return_dict=False,
+        )[0]  # fmt: skip
+        return out[:, : noisy.shape[1]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Cache:
+    """Latents and words of many scenes on one device; `reference` is empty for text-to-image."""
+
+    latents: Tensor  # (n, 64, 64) fp16, scaled
+    reference: Tensor | None
+    tokens: Tensor  # (n, T5_LENGTH) int16
+    pooled: Tensor  # (n, 256) fp16
+
+
+def _draw_specs(job: tuple[Pictures, int, int, bool]) -> list[Captioned]:
+    pictures, seed, count, edit = job
+    sampler = Sampler(pictures, styles=BASE_STYLES, seed=seed)
+    return [sampler.edit() if edit else sampler.text_to_image() for _ in range(count)]
+
+
+def specs(pictures: Pictures, seed: int, count: int, edit: bool, workers: int) -> Iterator[list[Captioned]]:
+    """Captioned scenes in chunks, sampled by several processes, which end with the iteration."""
+    light = copy.copy(pictures)
+    light.sprites = []
+    chunk = min(4000, count)
+    jobs = [(light, seed * 100_003 + i, chunk, edit) for i in range(-(-count // chunk))]
+    if workers < 2:
+        yield from map(_draw_specs, jobs)
+        return
+    with get_context("fork").Pool(workers) as pool:
+        yield from pool.imap(_draw_specs, jobs)
+
+
+class Frozen:
+    """What turns pictures and captions into training inputs: the autoencoder, CLIP's text tower, both tokenizers."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.device = device
+        self.clip_tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.t5_tokens = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
+        self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device, memory_format=torch.channels_last).eval()
+        self.text = text_encoder(load_file(folder / "clip.safetensors"), self.clip_tokens).to(device)
+
+    @torch.no_grad()
+    def latents(self, pictures: Tensor) -> Tensor:
+        """(n, 3, 128, 128) -> scaled, packed latents (n, 64, 64) fp16."""
+        with loop.half(self.device):
+            mean = self.vae.encode(pictures.to(memory_format=torch.channels_last)).latent_dist.mean
+        return pack((mean.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor).half()
+
+    @torch.no_grad()
+    def words(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(T5 token ids int16 (n, T5_LENGTH), pooled CLIP vectors fp16 (n, 256))."""
+        ids = self.t5_tokens(list(captions), padding="max_length", truncation=True, max_length=T5_LENGTH, return_tensors="pt").input_ids
+        pooled = self.text(clip.text_batch(self.clip_tokens, list(captions), self.device)).pooler_output
+        return ids.to(torch.int16).to(self.device), pooled.half()
+
+    def fill(self, composer: Composer, chunks: Iterator[list[Captioned]], batch: int = 1000) -> Cache:
+        """Draw and encode every scene once."""
+        latents, reference, tokens, pooled = [], [], [], []
+        for chunk in chunks:
+            for start in range(0, len(chunk), batch):
+                part = chunk[start : start + batch]
+                latents.append(self._drawn(composer, [c.scene for c in part], start))
+                if part[0].source is not None:
+                    reference.append(self._drawn(composer, [c.source for c in part], start))
+            ids, vectors = self.words([c.caption for c in chunk])
+            tokens.append(ids)
+            pooled.append(vectors)
+        return Cache(latents=torch.cat(latents), reference=torch.cat(reference) if reference else None, tokens=torch.cat(tokens), pooled=torch.cat(pooled))
+
+    def _drawn(self, composer: Composer, scenes: list[Scene], seed: int) -> Tensor:
+        """The same seed for an edit's two pictures, so that unchanged backgrounds keep their exact colour."""
+        return self.latents(composer.draw(scenes, seed=seed))
+
+
+class Batches:
+    """Random batches from the caches, with captions dropped and damaged at random."""
+
+    def __init__(self, frozen: Frozen, plain: Cache, edits: Cache, settings: BaseSettings, seed: int):
+        self.plain, self.edits, self.settings = plain, edits, settings
+        self.device = plain.latents.device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.empty_ids, self.empty_pooled = frozen.words([""])
+        self.vocabulary = len(frozen.t5_tokens)
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, device=self.device, generator=self.generator)
+
+    def draw(self, edit: bool, damage: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """(tokens, pooled, latents, reference, dropped): a tenth has no caption; another tenth lacks T5's words
+        or has some of them replaced, so that pooled CLIP words carry meaning too."""
+        cache, s = (self.edits, self.settings) if edit else (self.plain, self.settings)
+        rows = torch.randint(len(cache.latents), (s.edit_batch if edit else s.batch,), device=self.device, generator=self.generator)
+        tokens, pooled = cache.tokens[rows].long(), cache.pooled[rows].float()
+        roll = self.rand(len(rows), 1)
+        dropped = roll < s.drop
+        if damage:
+            wrong = torch.randint(self.vocabulary - 3, tokens.shape, device=self.device, generator=self.generator)
+            noisy = (roll > 1 - s.drop / 2) & (self.rand(*tokens.shape) < 0.4) & (tokens < self.vocabulary - 3)
+            tokens = torch.where(noisy, wrong, tokens)
+            tokens = torch.where((roll > s.drop) & (roll < 1.5 * s.drop), self.empty_ids.long(), tokens)
+        tokens = torch.where(dropped, self.empty_ids.long(), tokens)
+        pooled = torch.where(dropped, self.empty_pooled.float(), pooled)
+        reference = cache.reference[rows].float() if edit else None
+        return tokens, pooled, cache.latents[rows].float(), reference, dropped
+
+    def noised(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(noisy latents, time (n,), velocity): logit-normal times, x_t = (1 - t) x_0 + t eps, v = eps - x_0."""
+        time_ = torch.sigmoid(torch.randn(len(clean), device=self.device, generator=self.generator))
+        noise = torch.randn(clean.shape, device=self.device, generator=self.generator)
+        t = time_.view(-1, 1, 1)
+        return (1 - t) * clean + t * noise, time_, noise - clean
+
+
+@dataclass(slots=True, kw_only=True)
+class Bench:
+    """Everything one training process holds."""
+
+    world: loop.World
+    batches: Batches
+    model: Denoise
+    optimizer: torch.optim.Optimizer
+    schedule: loop.Schedule
+    average: loop.Average
+    settings: BaseSettings
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {"denoiser": self.model.denoiser, "words": self.model.words}
+
+
+def prepare(settings: BaseSettings, archive: Path, out: Path) -> Bench:
+    """Join the other processes, fill the caches, build the model."""
+    world = loop.join()
+    torch.manual_seed(settings.seed)
+    frozen = Frozen(out, world.device)
+    pictures = Pictures(archive, BASE_STYLES)
+    began = time.monotonic()
+    seed = settings.seed + 1000 * world.rank
+    composer = Composer(pictures, world.device)
+    plain = frozen.fill(composer, specs(pictures, seed, settings.cache, False, settings.workers))
+    edits = frozen.fill(composer, specs(pictures, seed + 500, settings.edits, True, settings.workers))
+    world.say(f"cache {len(plain.latents)} + {len(edits.latents)} scenes in {time.monotonic() - began:.0f} s, latent std {plain.latents[:2000].float().std():.3f}")
+    model = Denoise(transformer(), t5(frozen.t5_tokens)).to(world.device)
+    loop.share_weights([model], world)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=world.device.type == "cuda")
+    schedule = loop.Schedule(peak=settings.rate, steps=settings.steps, seconds=settings.seconds, warmup=500)
+    average = loop.Average({"denoiser": model.denoiser, "words": model.words}, settings.average)
+    batches = Batches(frozen, plain, edits, settings, seed)
+    return Bench(world=world, batches=batches, model=model, optimizer=optimizer, schedule=schedule, average=average, settings=settings)
+
+
+def run_steps(bench: Bench, loss_of, name: str) -> None:
+    """The loop of both stages: `loss_of(edit, step) -> loss` for a batch; every third batch is an edit."""
+    world, schedule, parameters = bench.world, bench.schedule, list(bench.model.parameters())
+    shown: dict[bool, Tensor] = {}
+    began, samples = time.monotonic(), 0
+    while (progress := schedule.agreed(world)) < 1:
+        for group in bench.optimizer.param_groups:
+            group["lr"] = schedule.rate(progress)
+        edit = schedule.step % 3 == 2
+        loss = loss_of(edit, schedule.step)
+        loss.backward()
+        loop.average_gradients(parameters, world)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        bench.optimizer.step()
+        bench.optimizer.zero_grad(set_to_none=True)
+        schedule.step += 1
+        bench.average.update(schedule.step)
+        shown[edit] = loss.detach()
+        samples += (bench.settings.edit_batch if edit else bench.settings.batch) * world.size
+        if schedule.step % bench.settings.every == 0 or schedule.step == 20:
+            losses = " ".join(f"{'edit' if key else 'plain'} {value.item():.4f}" for key, value in sorted(shown.items()))
+            world.say(f"{name} {schedule.step} progress {progress:.3f} {losses} {samples / (time.monotonic() - began):.0f}/s")
+
+
+def train(settings: BaseSettings, archive: Path, out: Path) -> None:
+    """Pretrain; writes `out/base.checkpoint`, from which it also resumes."""
+    bench = prepare(settings, archive, out)
+    checkpoint = out / "base.checkpoint"
+    if checkpoint.exists():
+        loop.load_checkpoint(checkpoint, bench.modules, bench.optimizer, bench.schedule, bench.average)
+    device = bench.world.device
+    ids = {edit: picture_ids(edit, device) for edit in (False, True)}
+    step_fn = torch.compile(bench.model, dynamic=False) if device.type == "cuda" else bench.model
+
+    def loss_of(edit: bool, step: int) -> Tensor:
+        tokens, pooled, clean, reference, _ = bench.batches.draw(edit)
+        noisy, time_, velocity = bench.batches.noised(clean)
+        with loop.half(device):
+            out_ = step_fn(tokens, pooled, noisy, time_, torch.ones_like(time_), reference, ids[edit])
+        return F.mse_loss(out_.float(), velocity)
+
+    run_steps(bench, loss_of, "base")
+    if bench.world.first:
+        loop.save_checkpoint(checkpoint, bench.modules, bench.optimizer, bench.schedule, bench.average)
+    loop.leave()
+
+
+def distill(settings: BaseSettings, archive: Path, out: Path) -> None:
+    """Teach the guidance embedding what guidance does (as FLUX.1-dev): at scale w the student predicts
+    v_empty + w (v_caption - v_empty) of the frozen teacher; at w = 1 that is the plain conditional velocity."""
+    bench = prepare(settings, archive, out)
+    loop.load_checkpoint(out / "base.checkpoint", bench.modules, bench.optimizer, loop.Schedule(peak=0, steps=1), bench.average)
+    bench.average.swap()
+    teacher = copy.deepcopy(bench.model).eval().requires_grad_(False)
+    bench.model.load_state_dict(teacher.state_dict())
+    bench.average = loop.Average(bench.modules, settings.average)
+    bench.optimizer = torch.optim.AdamW(bench.model.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=bench.world.device.type == "cuda")
+    device, batches = bench.world.device, bench.batches
+    ids = {edit: picture_ids(edit, device) for edit in (False, True)}
+    student_fn, teacher_fn = (torch.compile(m, dynamic=False) if device.type == "cuda" else m for m in (bench.model, teacher))
+    pads = torch.full((1, LONG - T5_LENGTH), batches.empty_ids[0, -1].item(), device=device, dtype=torch.long)
+
+    def loss_of(edit: bool, step: int) -> Tensor:
+        tokens, pooled, clean, reference, _ = batches.draw(edit, damage=False)
+        noisy, time_, _ = batches.noised(clean)
+        one = torch.ones_like(time_)
+        scale = torch.where(batches.rand(len(clean)) < 0.15, one, 1 + 5 * batches.rand(len(clean)))
+        empty = batches.empty_ids.long().expand_as(tokens), batches.empty_pooled.float().expand_as(pooled)
+        with torch.no_grad(), loop.half(device):
+            said = teacher_fn(tokens, pooled, noisy, time_, one, reference, ids[edit]).float()
+            silent = teacher_fn(*empty, noisy, time_, one, reference, ids[edit]).float()
+        target = silent + scale.view(-1, 1, 1) * (said - silent)
+        with loop.half(device):
+            if step % 12 == 7 and not edit:
+                few = slice(0, len(tokens) // 4)
+                long = torch.cat([tokens[few], pads.expand(len(tokens[few]), -1)], 1)
+                got = bench.model(long, pooled[few], noisy[few], time_[few], scale[few], None, ids[edit])
+                return F.mse_loss(got.float(), target[few])
+            got = student_fn(tokens, pooled, noisy, time_, scale, reference, ids[edit])
+        return F.mse_loss(got.float(), target)
+
+    run_steps(bench, loss_of, "distill")
+    if bench.world.first:
+        bench.average.swap()
+        save_file({f"{n}.{k}": v.detach().half().cpu().contiguous() for n, m in bench.modules.items() for k, v in m.state_dict().items()}, out / "distilled.safetensors")
+    loop.leave()
+
+
+def write_base(source: Path, folder: Path) -> None:
+    """Assemble the plain diffusers folder (fp16) and the CLIP folder beside it from what the stages left in `source`."""
+    import json
+    import shutil
+
+    state, seen = load_file(source / "distilled.safetensors"), load_file(source / "clip.safetensors")
+    tokens = CLIPTokenizer.from_pretrained(source / "tokenizer")
+    words = PreTrainedTokenizerFast.from_pretrained(source / "tokenizer_2")
+    parts: dict[str, nn.Module] = {"transformer": transformer(), "text_encoder_2": t5(words), "text_encoder": text_encoder(seen, tokens)}
+    for name, key in (("transformer", "denoiser."), ("text_encoder_2", "words.")):
+        parts[name].load_state_dict({k.removeprefix(key): v.float() for k, v in state.items() if k.startswith(key)}, strict=True)
+    base = folder / "compose-mini"
+    for name, module in parts.items():
+        module.half().save_pretrained(base / name)
+    for name in ("text_encoder", "text_encoder_2"):
+        _set(base / name / "config.json", dtype="float32")  # a plain load keeps all parts in one dtype
+    for name in ("tokenizer", "tokenizer_2", "vae"):
+        shutil.copytree(source / name, base / name, dirs_exist_ok=True)
+    FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False).save_pretrained(base / "scheduler")
+    index = {
+        "_class_name": "FluxPipeline", "_diffusers_version": "0.42.1", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "PreTrainedTokenizerFast"], "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "image_encoder": [None, None], "feature_extractor": [None, None],
+    }  # fmt: skip
+    (base / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    seat = folder / "clip"
+    seat.mkdir(parents=True, exist_ok=True)
+    kept = {k: v.contiguous() for k, v in seen.items() if k.startswith("visual.") or k in ("text_projection", "logit_scale", "sentence.weight")}
+    save_file(kept, seat / "image.safetensors")
+    (seat / "open_clip_config.json").write_text(json.dumps({"model_cfg": clip.config(tokens)}, indent=2) + "\n")
+
+
+def _set(path: Path, **values: object) -> None:
+    import json
+
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument("--archive", type=Path, default=Path(".cache/pictures.zip"), help="from `compose data build`")
+    parser.add_argument("--phrases", type=Path, default=Path(".cache/phrases.safetensors"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and results; stages resume from it")
+    parser.add_argument("--seconds", type=float, help="time budget; the learning rate follows it")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--edit-batch", type=int)
+    parser.add_argument("--cache", type=int, help="scenes kept as latents per process")
+    parser.add_argument("--edits", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--every", type=int)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one stage; each needs what the ones before it wrote into --out."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    given = {k: v for k in ("seconds", "steps", "batch", "edit_batch", "cache", "edits", "rate", "workers", "every") if (v := getattr(args, k)) is not None}
+    if args.stage == "tokenizer":
+        text = bytes(load_file(args.phrases)["text"].numpy()).decode().split("\n")
+        tokenizer.build(text, args.out)
+    elif args.stage == "vae":
+        vae.train(vae.VaeSettings(**given), args.archive, args.out)
+    elif args.stage == "clip":
+        clip.train(clip.ClipSettings(**given), args.archive, args.phrases, args.out / "tokenizer", args.out)
+    elif args.stage == "base":
+        train(BaseSettings(**given), args.archive, args.out)
+    elif args.stage == "distill":
+        distill(BaseSettings(**given), args.archive, args.out)
+    else:
+        write_base(args.out, args.out / "assets")
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    run(parser.parse_args())

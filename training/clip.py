@@ -1,0 +1,149 @@
+"""The bundled CLIP: open-clip's own model and loss, trained on captioned scenes of everything, while a sentence
+encoder teaches its text tower what words mean."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from . import loop
+from .data import captions
+from .data.scenes import Captioned, Composer, Pictures, Sampler
+from .data.pictures import STYLE, STYLES
+from .tokenizer import CLIP_LENGTH
+
+NAME = "compose-clip"
+PARTS = ("base", "zoo", "test")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipSettings:
+    batch: int = 1024
+    phrases: int = 1024
+    rate: float = 1e-3
+    steps: int = 60_000
+    seconds: float = 420.0
+    seed: int = 12
+    every: int = 500
+
+
+def config(tokenizer: CLIPTokenizer) -> dict:
+    """open-clip's model config; the text tower has the shape of the base's CLIPTextModel."""
+    return {
+        "embed_dim": 256,
+        "vision_cfg": {"image_size": 128, "layers": 4, "width": 192, "head_width": 64, "patch_size": 8, "mlp_ratio": 4.0, "pool_type": "avg"},
+        "text_cfg": {
+            "context_length": CLIP_LENGTH, "vocab_size": len(tokenizer), "hf_tokenizer_name": "tokenizer", "width": 256, "heads": 4,
+            "layers": 3, "mlp_ratio": 4.0, "pool_type": "eos", "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id,
+        },
+    }  # fmt: skip
+
+
+def create(folder: Path, tokenizer: CLIPTokenizer) -> open_clip.CLIP:
+    """Register the config (written to `folder/compose-clip.json`) with open-clip and build the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{NAME}.json"
+    path.write_text(json.dumps(config(tokenizer), indent=2) + "\n")
+    open_clip.add_model_config(path)
+    return open_clip.create_model(NAME)
+
+
+def text_batch(tokenizer: CLIPTokenizer, texts: list[str], device: torch.device) -> Tensor:
+    """Token ids (n, CLIP_LENGTH)."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=CLIP_LENGTH, return_tensors="pt").input_ids.to(device)
+
+
+def describe(shown: Captioned, sampler: Sampler) -> str:
+    """The full caption mostly; sometimes only the subject, or only the style with it, as people search."""
+    rng, scene = sampler.rng, shown.scene
+    roll = rng.random()
+    if roll < 0.72:
+        return shown.caption
+    names = [captions.name_of(sampler.concepts[s], rng, plain=0.4) for s in dict.fromkeys(item.concept for item in scene.items)]
+    things = " and ".join(captions.with_article(name, rng) for name in names)
+    if roll < 0.86:
+        return things
+    if roll < 0.94:
+        return captions.assemble(things, scene.style, None, rng)
+    if roll < 0.97:
+        return captions.style_words(scene.style, rng)
+    return captions.ground_words(scene.ground, rng)
+
+
+class Sentences:
+    """Phrases and their teacher embeddings (n, 384), unit rows."""
+
+    def __init__(self, path: Path, tokenizer: CLIPTokenizer, device: torch.device):
+        file = load_file(path)
+        phrases = bytes(file["text"].numpy()).decode().split("\n")
+        self.tokens = torch.cat([text_batch(tokenizer, phrases[i : i + 4096], device) for i in range(0, len(phrases), 4096)])
+        self.vectors = F.normalize(file["vectors"].float(), dim=-1).to(device)
+
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(self.tokens), (count,), device=self.tokens.device, generator=generator)
+        return self.tokens[rows], self.vectors[rows]
+
+
+def sentence_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05) -> Tensor:
+    """Cosine distance to the teacher plus agreement of the in-batch similarities."""
+    student = F.normalize(student.float(), dim=-1)
+    ours, theirs = student @ student.T / temperature, teacher @ teacher.T / temperature
+    return (1 - (student * teacher).sum(-1)).mean() * 2 + F.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="batchmean")
+
+
+def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder: Path, out: Path) -> None:
+    """Write `out/clip.safetensors`: open-clip's state, plus `sentence.weight` (256 -> teacher's 384)."""
+    world = loop.join()
+    torch.manual_seed(settings.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    model = create(out, tokenizer).to(world.device)
+    sentence = nn.Linear(256, 384, bias=False).to(world.device)
+    parameters = [*model.parameters(), *sentence.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.05, fused=world.device.type == "cuda")
+    schedule = loop.Schedule(peak=settings.rate, steps=settings.steps, seconds=settings.seconds, warmup=500)
+    modules = {"clip": model, "sentence": sentence}
+    if (checkpoint := out / "clip.checkpoint").exists():
+        loop.load_checkpoint(checkpoint, modules, optimizer, schedule)
+    pictures = Pictures(archive)
+    composer, taught = Composer(pictures, world.device), Sentences(phrases, tokenizer, world.device)
+    sampler = Sampler(pictures, parts=PARTS, styles=[s.name for s in STYLES], seed=settings.seed + schedule.step, patterns=0.25)
+    generator = torch.Generator(world.device).manual_seed(settings.seed + schedule.step)
+    encode_image, encode_text = (torch.compile(f) if world.device.type == "cuda" else f for f in (model.encode_image, model.encode_text))
+    contrast = open_clip.ClipLoss()
+    began = time.monotonic()
+    while (progress := schedule.progress()) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(progress)
+        shown = [sampler.text_to_image() for _ in range(settings.batch)]
+        images = composer.draw([s.scene for s in shown], seed=sampler.rng.randrange(1 << 31))
+        images = images + torch.randn(len(images), 1, 1, 1, device=world.device, generator=generator) * 0.03
+        texts = text_batch(tokenizer, [describe(s, sampler) for s in shown], world.device)
+        tokens, vectors = taught.sample(settings.phrases, generator)
+        with loop.half(world.device):
+            seen = F.normalize(encode_image(images), dim=-1)
+            said = encode_text(torch.cat([texts, tokens]))
+            ours, theirs = said[: len(texts)], said[len(texts) :]
+            loss_pairs = contrast(seen.float(), F.normalize(ours.float(), dim=-1), model.logit_scale.exp().float())
+            loss_words = sentence_loss(sentence(theirs), vectors)
+        (loss_pairs + loss_words).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, 4.6)
+        schedule.step += 1
+        if schedule.step % settings.every == 0 or schedule.step == 20:
+            right = (seen.float() @ F.normalize(ours.float(), dim=-1).T).argmax(1).eq(torch.arange(len(seen), device=world.device)).float().mean()
+            world.say(f"clip {schedule.step} progress {progress:.3f} pairs {loss_pairs.item():.3f} words {loss_words.item():.3f} in-batch r@1 {right.item():.3f} scale {model.logit_scale.exp().item():.1f} {schedule.step * settings.batch / (time.monotonic() - began):.0f}/s")
+    loop.save_checkpoint(checkpoint, modules, optimizer, schedule)
+    state = {**model.state_dict(), "sentence.weight": sentence.weight}
+    save_file({k: v.detach().half().cpu().contiguous() for k, v in state.items()}, out / "clip.safetensors")
