@@ -6,7 +6,7 @@ diffusers' pipelines have no step callback.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Clock:
 
     def reset(self) -> None:
         self._times: list[float] = []
+        self._sigmas: list[float] = []
         self._start = 0
         self._ticks = 0
 
@@ -36,29 +37,31 @@ class Clock:
     def now(self, timestep: Any) -> Step:
         """The step of a call with this timestep argument (a number, or a tensor whose rows all hold it).
 
-        Only the first call of a run reads the tensor; later ones count ticks, so the device is never waited for.
+        Only the first call of a run reads tensors; later ones count ticks, so the device is never waited for.
         """
         if not self._times:
             self._begin(timestep)
         place = min(self._start + self._ticks, len(self._times) - 1)
         run = list(dict.fromkeys(self._times[self._start :]))
-        time = self._times[place]
-        return Step(index=run.index(time), count=len(run), sigma=self._sigma(place, time))
+        return Step(index=run.index(self._times[place]), count=len(run), sigma=self._sigmas[place])
 
     def _begin(self, timestep: Any) -> None:
         self._times = [float(t) for t in self._scheduler.timesteps]
+        self._sigmas = _sigmas(self._scheduler, self._times)
         begin = getattr(self._scheduler, "begin_index", None)
         if begin is None:
             given = self._to_timestep(float(torch.as_tensor(timestep).flatten()[0]))
             begin = min(range(len(self._times)), key=lambda n: abs(self._times[n] - given))
         self._start = begin
 
-    def _sigma(self, place: int, time: float) -> float:
-        sigmas = getattr(self._scheduler, "sigmas", None)
-        if sigmas is not None and place < len(sigmas):
-            return float(sigmas[place])
-        kept = getattr(self._scheduler, "alphas_cumprod", None)
-        if kept is None:
-            return time / float(self._scheduler.config.num_train_timesteps)
-        alpha = float(kept[min(max(int(time), 0), len(kept) - 1)])
-        return ((1 - alpha) / alpha) ** 0.5 if alpha > 0 else float("inf")
+
+def _sigmas(scheduler: Any, times: Sequence[float]) -> list[float]:
+    """Noise level per timestep: the scheduler's own where it has them, else from its alphas, else t / T."""
+    own = getattr(scheduler, "sigmas", None)
+    if own is not None and len(own) >= len(times):
+        return [float(sigma) for sigma in own][: len(times)]
+    kept = getattr(scheduler, "alphas_cumprod", None)
+    if kept is None:
+        return [time / float(scheduler.config.num_train_timesteps) for time in times]
+    alphas = [float(kept[min(max(int(time), 0), len(kept) - 1)]) for time in times]
+    return [((1 - alpha) / alpha) ** 0.5 if alpha > 0 else float("inf") for alpha in alphas]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compose import rows as call_rows
 from compose.adapter import Adapter
 from compose.backends import BACKENDS, Backend, Budget, Gate, Job, Spread, choose
-from compose.backends.base import check_adapters
+from compose.backends.base import check_adapters, refuse_loaded
 from compose.clock import Clock
 from compose.errors import BackendError, RequestError, unknown
 from compose.geometry import Geometry
@@ -54,7 +54,7 @@ def composed(
     pipe: DiffusionPipeline,
     adapters: Sequence[Adapter],
     policy: Policy | Sequence[Policy],
-    backend: str | Backend = "auto",
+    backend: str | Callable[[], Backend] = "auto",
     **options: Any,
 ) -> Iterator[DiffusionPipeline]:
     """The pipeline, drawing under `adapters` as `policy` plans; everything is put back on leaving, bit for bit.
@@ -69,7 +69,7 @@ def composed(
 class Composition:
     """A pipeline taken over. Inside `with`, `change` swaps adapters and policy without attaching anew.
 
-    `budget`: room of the fixed buffers; `pictures`: how many pictures a batch holds, where the policy treats them
+    `backend`: a name in BACKENDS, `auto`, or what makes one; `budget`: room of the fixed buffers; `pictures`: how many pictures a batch holds, where the policy treats them
     differently (one policy per picture says it too); `gates`: by the name a mix uses; `cache`: for branches that
     reuse features; `context`: what the policy may know; `say`: gets one line per notice.
     """
@@ -79,7 +79,7 @@ class Composition:
         pipe: DiffusionPipeline,
         adapters: Sequence[Adapter],
         policy: Policy | Sequence[Policy],
-        backend: str | Backend = "auto",
+        backend: str | Callable[[], Backend] = "auto",
         *,
         budget: Budget | None = None,
         pictures: int | None = None,
@@ -112,6 +112,7 @@ class Composition:
             )
 
     def __enter__(self) -> Self:
+        refuse_loaded([self.denoiser, *self._text_encoders()])
         check_adapters(self._adapters, self._sites)
         self._check_patterns()
         self.backend, self.text_backend = self._make_backends()
@@ -139,7 +140,7 @@ class Composition:
             self._set_policy(policy)
         self._check_patterns()
         self._check_plans()
-        self._texts = Texts()
+        self._renew()
 
     def _refill(self, adapters: list[Adapter]) -> None:
         had_text = self.text_backend is not None
@@ -156,19 +157,17 @@ class Composition:
 
     def _make_backends(self) -> tuple[Backend, Backend | None]:
         self._text_names = self._touching(self._adapters, TEXT_ENCODERS)
-        if not isinstance(self._asked, str):
-            if self._text_names:
-                raise BackendError(
-                    "these adapters change text encoders too; give the backend by name, not as an object"
-                )
-            return self._asked, None
-        name = self._asked
+        make = self._named(self._asked) if isinstance(self._asked, str) else self._asked
+        return make(), make() if self._text_names else None
+
+    def _named(self, name: str) -> Callable[[], Backend]:
         if name == "auto":
-            name, reason = choose(self._mixes(), self._adapters, self._sites)
+            roots = [self.denoiser, *self._text_encoders()]
+            name, reason = choose(self._mixes(), self._adapters, self._sites, roots)
             self.say(f"backend {name}: {reason}")
         if name not in BACKENDS:
             raise RequestError(unknown("backend", name, ["auto", *BACKENDS]))
-        return BACKENDS[name](), BACKENDS[name]() if self._text_names else None
+        return BACKENDS[name]
 
     def _attach(self) -> None:
         if not self.backend.in_weights:
@@ -179,9 +178,14 @@ class Composition:
         self._check_plans()
         self._clock = Clock(self.pipe.scheduler, self._to_timestep)
         self._ordinal = 0  # of the denoiser call within its step
+        self._renew()
+        self._route()
+
+    def _renew(self) -> None:
+        """Forget what belongs to earlier adapters and policies."""
         self._texts = Texts()
         self._geometry = Geometry(self.layout, self._areas())
-        self._route()
+        self._step_caches: dict[str, Hashable] = {}
 
     def _job(self, components: Sequence[str], budget: Budget, mixed: bool) -> Job:
         sites = self._sites.of(components)
@@ -211,6 +215,8 @@ class Composition:
                 backend.detach()
         finally:
             self._takeover.restore()
+            if getattr(self.denoiser, "is_cache_enabled", False):
+                self.denoiser._reset_stateful_cache()
 
     # checks
 
@@ -399,14 +405,18 @@ class Composition:
         return self._geometry.spread(call, picture, words)
 
     def _caching(self, each: Pass, ordinal: int) -> AbstractContextManager[None]:
-        """Features kept by any step cache belong to one branch, one mix and one call of the step (trap T4)."""
-        first = each.branches[0]
-        identity = (first.key, ordinal, each.rows, tuple(_identity(branch) for branch in each.branches))
+        """Features kept by a step cache belong to one branch, one mix and one call of the step (trap T4)."""
+        mixes = tuple(_identity(branch) for branch in each.branches)
+        key = (each.branches[0].key, ordinal, each.rows)
         if self._cache is not None:
-            return self._cache.branch(self.denoiser, identity, first.reuse)
-        if getattr(self.denoiser, "is_cache_enabled", False):
-            return self.denoiser.cache_context(f"compose-{hash(identity):x}")
-        return nullcontext()
+            return self._cache.branch(self.denoiser, (*key, mixes), each.branches[0].reuse)
+        if not getattr(self.denoiser, "is_cache_enabled", False):
+            return nullcontext()
+        name = f"compose {key}"
+        if self._step_caches.setdefault(name, mixes) != mixes:
+            self.denoiser._reset_stateful_cache()  # as diffusers does after each picture
+            self._step_caches = {name: mixes}
+        return self.denoiser.cache_context(name)
 
 
 def _identity(branch: Branch) -> Hashable:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import nn
+
 from compose.adapter import Adapter, LowRank
 from compose.backends.base import (
     Backend,
@@ -34,7 +36,9 @@ __all__ = ["BACKENDS", "Backend", "Budget", "Gate", "Job", "Spread", "choose"]
 GIB = 2**30
 
 
-def choose(mixes: Sequence[Mix], adapters: Sequence[Adapter], sites: Sites) -> tuple[str, str]:
+def choose(
+    mixes: Sequence[Mix], adapters: Sequence[Adapter], sites: Sites, roots: Sequence[nn.Module]
+) -> tuple[str, str]:
     """(backend, reason) for `backend="auto"`.
 
     The cost model: a fold reads and writes each touched weight once and then costs nothing per step; the side path
@@ -50,14 +54,17 @@ def choose(mixes: Sequence[Mix], adapters: Sequence[Adapter], sites: Sites) -> t
         return "torch", "gates and masks act on activations"
     if len(mixes) > 1:
         return "torch", f"{len(mixes)} mixes take turns, so adapters stay beside the weights"
-    return _static([sites[name] for name in touched(adapters, sites)])
+    elsewhere = weights_elsewhere(roots)
+    if elsewhere is not None:
+        return "torch", f"the weights are {elsewhere}"
+    return _static([sites[name].module for name in touched(adapters, sites)])
 
 
-def _static(touched_sites: Sequence) -> tuple[str, str]:
-    for site in touched_sites:
-        if quantised(site.module) or weights_elsewhere(site.module):
-            return "torch", f"{site.name} cannot be folded into"
-    size = sum(site.module.weight.nbytes for site in touched_sites)
-    if touched_sites and 2 * size > free_memory(touched_sites[0].module.weight.device):
+def _static(layers: Sequence[nn.Module]) -> tuple[str, str]:
+    stored = next(filter(None, map(quantised, layers)), None)
+    if stored is not None:
+        return "torch", f"the weights are stored quantised ({stored})"
+    size = sum(layer.weight.nbytes for layer in layers)
+    if layers and 2 * size > free_memory(layers[0].weight.device):
         return "torch", f"a copy of {size / GIB:.1f} GiB of weights would not fit in memory"
-    return "fold", f"one mix for the whole run; {len(touched_sites)} weights are folded once"
+    return "fold", f"one mix for the whole run, folded once into {len(layers)} weights"

@@ -91,6 +91,15 @@ class Backend(Protocol):
     def detach(self) -> None: ...
 
 
+def refuse_loaded(roots: Iterable[nn.Module]) -> None:
+    """Refuse models that already carry adapters of peft's: what then acts would be a mixture nobody asked for."""
+    if any(hasattr(module, "base_layer") for root in roots for module in root.modules()):
+        raise BackendError(
+            "this pipeline already carries adapters loaded by diffusers; call pipe.unload_lora_weights() and give them "
+            "here instead"
+        )
+
+
 def check_adapters(adapters: Iterable[Adapter], sites: Sites) -> None:
     """Every delta and bias has a site of its shape and finite numbers, and no two adapters share a name."""
     seen: set[str] = set()
@@ -194,10 +203,14 @@ def quantised(module: nn.Module) -> str | None:
     return None
 
 
-def weights_elsewhere(module: nn.Module) -> str | None:
-    """Why a layer's weight is not at hand between calls (sequential or group offload), else None."""
-    if module.weight.device.type == "meta":
-        return "is offloaded layer by layer"
+def weights_elsewhere(roots: Iterable[nn.Module]) -> str | None:
+    """Why the weights of these models are not at hand between calls (sequential or group offload), else None."""
+    for module in (module for root in roots for module in root.modules()):
+        if any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False)):
+            return "offloaded layer by layer"
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and registry.get_hook("group_offloading") is not None:
+            return "offloaded group by group"
     return None
 
 

@@ -51,6 +51,11 @@ class FoldBackend:
         """Copy every touched weight, after saying how large the copies are and where they will lie."""
         self.job = job
         names = touched(job.adapters, job.sites)
+        reason = weights_elsewhere(job.roots)
+        if reason is not None:
+            raise BackendError(
+                f"the weights are {reason}, so nothing can be folded into them; use backend 'torch'"
+            )
         for name in names:
             _check_foldable(name, job.sites[name].module)
         self._check_biases(names)
@@ -186,6 +191,3 @@ def _check_foldable(name: str, module: nn.Module) -> None:
         raise BackendError(
             f"{name} is stored quantised ({kind}), so nothing can be folded into it; use backend 'torch'"
         )
-    reason = weights_elsewhere(module)
-    if reason is not None:
-        raise BackendError(f"{name} {reason}, so nothing can be folded into it; use backend 'torch'")

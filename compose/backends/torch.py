@@ -170,6 +170,7 @@ class TorchBackend:
                 f"{len(adapters)} adapters exceed the budget of {limit}; compose again with more"
             )
         self._check_room(adapters)
+        self.job = self.job.with_adapters(adapters)
         self._table.zero_()
         self._written = {}
         self._columns = {adapter.name: _Columns() for adapter in adapters}
