@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compose.app.bars import quiet_libraries
 from compose.retrieval.card import ROLES
 from compose.training.pictures import TEMPLATE, Picture, read_folder
 
@@ -126,9 +127,8 @@ def _train(
     """Encode once, train, load the finished file as anyone would, and draw with it."""
     from compose.training.examples import encode, encode_text
     from compose.training.lora import machine, train
-    from diffusers.utils import logging
 
-    logging.set_verbosity_error()
+    quiet_libraries()
     here = machine(settings)
     if here.is_main_process:
         print(f"{len(pictures)} pictures, {settings.steps} steps on {args.base}")

@@ -27,6 +27,7 @@ from safetensors import safe_open
 
 from compose.bases import call_args
 from compose.errors import RequestError, TrainingError
+from compose.formats import load
 from compose.request import Request
 
 FAMILIES = ["flux", "kontext", "sd3", "sdxl", "sd15"]
@@ -406,3 +407,9 @@ def test_a_base_that_carries_adapters_is_refused(tmp_path):
 
 def test_every_objective_can_be_tried_here():
     assert set(FAMILIES) == set(OBJECTIVES)
+
+
+def test_our_own_loader_reads_the_trained_strength(tmp_path):
+    adapter = load(run(tiny.flux(0), tmp_path / "a.safetensors", steps=1, alpha=6))
+    assert adapter.deltas and all(delta.scale == 1.5 for delta in adapter.deltas.values())
+    assert adapter.metadata["compose.trigger"] == "sks"
