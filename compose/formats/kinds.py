@@ -137,12 +137,19 @@ def _hadamard(parts: Parts, number: int) -> Tensor:
     return a @ b.flatten(1) if core is None else torch.einsum("ijhw,jr,ip->prhw", core.float(), b, a)
 
 
+def _hadamard_shape(parts: Parts, number: int) -> tuple[int, ...]:
+    a, b = _need(parts, f"hada_w{number}_a", f"hada_w{number}_b")
+    core = parts.get(f"hada_t{number}")
+    if core is None:
+        return (a.shape[0], math.prod(b.shape[1:]))
+    return (a.shape[1], b.shape[1], *core.shape[2:])
+
+
 def _loha(parts: Parts, scaling: Scaling) -> Dense:
     """(w1_a @ w1_b) * (w2_a @ w2_b), element by element."""
     scale = scaling.of(_need(parts, "hada_w1_b")[0].shape[0])
-    kept = dict(parts)
-    shape = tuple(_hadamard(kept, 1).shape)
-    if shape != tuple(_hadamard(kept, 2).shape):
+    shape, kept = _hadamard_shape(parts, 1), dict(parts)
+    if shape != _hadamard_shape(parts, 2):
         raise AdapterError("the two LoHa products differ in shape")
     return Dense(
         compute=lambda weight: _like(scale * _hadamard(kept, 1) * _hadamard(kept, 2), weight),

@@ -25,6 +25,7 @@ from compose.formats.names import canonical, locate, split
 _REFUSED = re.compile(
     r"\.(oft_\w+|boft_\w+|[abr][12]\.weight|glora_\w+|on_input|lora_embedding_[AB]|ia3_l)(?:\.|$)"
 )
+_REPEATS = re.compile(r"\)[*+{]")  # a repeated group can take forever to match, and files are not trusted
 _PEFT_CONFIG = (
     "lora_adapter_metadata"  # written by diffusers: one peft config per component, keys prefixed by it
 )
@@ -41,6 +42,12 @@ class Report:
     def __str__(self) -> str:
         line = f"{self.matched} of {self.total} modules matched"
         return f"{line}; not matched: {_some(self.unmatched)}" if self.unmatched else line
+
+
+def _plain(text: str) -> str:
+    """A name from a file as it may be shown: one line, nothing that a terminal acts on."""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 160 else f"{text[:160]}..."
 
 
 def _some(names: Iterable[str], count: int = 3) -> str:
@@ -103,7 +110,8 @@ def group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
         part = split(key)
         if part is None:
             match = _REFUSED.search(key)
-            strange.append(f"{key}: {match[1]} is not supported" if match else f"{key}: not an adapter key")
+            reason = f"{match[1]} is not supported" if match else "not an adapter key"
+            strange.append(f"{_plain(key)}: {reason}")
         else:
             modules[part.module][part.part] = tensor
     return dict(modules), strange
@@ -119,11 +127,11 @@ def _changes(
         try:
             pieces = _pieces(module, parts, family, scalings)
         except AdapterError as error:
-            reasons.append(f"{module}: {error}")
+            reasons.append(f"{_plain(module)}: {error}")
             continue
         for site, piece in pieces:
             if site in deltas or site in biases:
-                reasons.append(f"{module}: names {site} a second time")
+                reasons.append(f"{_plain(module)}: names {_plain(site)} a second time")
                 continue
             if piece.delta is not None:
                 deltas[site] = piece.delta
@@ -163,7 +171,8 @@ class Scalings:
     """The alpha of each module, applied exactly once: its own key first, then the header's peft config, else none."""
 
     def __init__(self, metadata: Mapping[str, str], beside: Mapping[str, Any]) -> None:
-        self._configs = _components(metadata) or ({"": beside} if beside else {})
+        configs = _components(metadata) or ({"": beside} if beside else {})
+        self._configs = {component: _Config.read(config) for component, config in configs.items()}
 
     def of(self, site: str, parts: Mapping[str, Tensor]) -> Scaling:
         """The scaling of the module at `site` (component.path) whose tensors are `parts`."""
@@ -171,12 +180,60 @@ class Scalings:
             return Scaling(float(parts["alpha"].float().mean()))
         component, _, path = site.partition(".")
         config = self._configs.get(component) or self._configs.get("")
-        if not config or not isinstance(alpha := config.get("lora_alpha", config.get("alpha")), int | float):
+        return config.scaling(path) if config else Scaling()
+
+
+Patterns = tuple[tuple[re.Pattern[str], float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """What a peft config says about scale; `rank` is None where the tensors tell it (LoRA)."""
+
+    alpha: float | None
+    stabilised: bool
+    rank: float | None
+    alphas: Patterns
+    ranks: Patterns
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> _Config:
+        lora = "lora_alpha" in config
+        alpha = config.get("lora_alpha", config.get("alpha"))
+        return cls(
+            alpha=alpha if isinstance(alpha, int | float) else None,
+            stabilised=bool(config.get("use_rslora")),
+            rank=None if lora else config.get("r", 8),
+            alphas=_patterns(config.get("alpha_pattern")),
+            ranks=_patterns(config.get("rank_pattern")),
+        )
+
+    def scaling(self, path: str) -> Scaling:
+        if self.alpha is None:
             return Scaling()
-        alpha = float(_by_pattern(config.get("alpha_pattern"), path, alpha))
-        if "lora_alpha" in config:
-            return Scaling(alpha, bool(config.get("use_rslora")))
-        return Scaling(alpha, rank=int(_by_pattern(config.get("rank_pattern"), path, config.get("r", 8))))
+        rank = None if self.rank is None else int(_first(self.ranks, path, self.rank))
+        return Scaling(float(_first(self.alphas, path, self.alpha)), self.stabilised, rank)
+
+
+def _first(patterns: Patterns, path: str, default: float) -> float:
+    return next((value for pattern, value in patterns if pattern.match(path)), default)
+
+
+def _patterns(table: Any) -> Patterns:
+    """peft's rule: a pattern is matched with the end of a module's path, from a dot on."""
+    found = []
+    for pattern, value in table.items() if isinstance(table, dict) else ():
+        if _REPEATS.search(pattern) or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3:
+            raise AdapterError(
+                f"the pattern '{_plain(pattern)}' in the file's peft config repeats too much to be tried"
+            )
+        try:
+            found.append((re.compile(rf"(.*\.)?({pattern})$"), float(value)))
+        except (re.error, TypeError, ValueError) as error:
+            raise AdapterError(
+                f"the file's peft config cannot be used: '{_plain(pattern)}': {error}"
+            ) from error
+    return tuple(found)
 
 
 def _components(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -186,19 +243,6 @@ def _components(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         component, dot, name = key.partition(".")
         configs[component if dot else ""][name if dot else component] = value
     return dict(configs)
-
-
-def _by_pattern(patterns: Any, path: str, default: float) -> float:
-    """peft's rule: the first pattern that matches the end of the module path, at a dot, decides."""
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path) and isinstance(value, int | float):
-                return value
-        except re.error as error:
-            raise AdapterError(
-                f"the pattern '{pattern}' in the file's peft config is not a pattern: {error}"
-            ) from error
-    return default
 
 
 def _peft_config(path: Path) -> dict[str, Any]:

@@ -136,6 +136,20 @@ def test_a_broken_peft_config_in_the_header(config, tmp_path):
         load(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(x|x)*", ".*.*.*.*.*y", "(proj){5}"])
+def test_a_pattern_that_would_never_end_is_refused(pattern, tmp_path):
+    config = json.dumps({"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {pattern: 3}})
+    save_file(GOOD, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": config})
+    with pytest.raises(AdapterError, match="repeats too much"):
+        load(tmp_path / "a.safetensors")
+
+
+def test_names_from_a_file_stay_on_one_line_and_off_the_terminal(tmp_path):
+    save_file(GOOD | {"evil\n\x1b[31m" + "x" * 500: torch.ones(1)}, tmp_path / "a.safetensors")
+    (line,) = load(tmp_path / "a.safetensors").unmatched
+    assert line.isprintable() and len(line) < 250 and line.startswith("evil\\n\\x1b")
+
+
 def test_what_is_kept_of_the_file(good):
     adapter = load(good, name="mine")
     assert adapter.name == "mine" and adapter.path == str(good)

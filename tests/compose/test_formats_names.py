@@ -211,6 +211,13 @@ def flux2_names(double: int, single: int) -> dict[str, int]:
     return names
 
 
+def z_image_names(layers: int) -> dict[str, int]:
+    names = {}
+    for block in [f"layers.{i}" for i in range(layers)] + ["noise_refiner.0", "context_refiner.1"]:
+        names |= {f"{block}.attention.qkv": 24, f"{block}.attention.out": 8, f"{block}.feed_forward.w1": 16}
+    return names
+
+
 def flat(names: dict[str, int], prefix: str = "lora_unet_") -> dict[str, int]:
     return {prefix + name.replace(".", "_"): rows for name, rows in names.items()}
 
@@ -328,6 +335,8 @@ FILES = {
         ("transformer",),
         lambda: lora([kohya(s, {"transformer": "lora_unet_"}) for s in sites("qwen-image")]),
     ),
+    "bfl-z-image": ("z-image", (), lambda: lora(dotted(z_image_names(2), "diffusion_model."), **PEFT)),
+    "kohya-z-image": ("z-image", (), lambda: lora(flat(z_image_names(2)))),
     "comfy-z-image": (
         "z-image",
         ("transformer",),
@@ -346,6 +355,13 @@ FILES = {
         "sd15",
         ("unet",),
         lambda: lora([s.replace("unet.", "base_model.model.", 1) for s in of("sd15", "unet")], **PEFT),
+    ),
+    "peft-named-adapter": (
+        "sd15",
+        ("unet",),
+        lambda: lora(
+            of("sd15", "unet"), down="lora_A.default_0.weight", up="lora_B.default_0.weight", alpha=False
+        ),
     ),
     "peft-text": (
         "",
