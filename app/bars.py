@@ -26,7 +26,7 @@ class Bars:
                 bar_format="{desc:<10} {bar:24} {n_fmt}/{total_fmt} {elapsed}",
             )
         self._bar.total = total
-        self._bar.update(done - self._bar.n)
+        self._bar.n = done
         self._bar.refresh()
 
     def close(self) -> None:

@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,18 @@ def weights_in_memory(pipe: DiffusionPipeline) -> str:
             digest.update(f"{name}.{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@contextmanager
+def threads(count: str | None) -> Iterator[None]:
+    """Run with `count` CPU threads (None: as many as now). Sums are cut in as many parts, so the last bit of a pixel
+    depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(count) if count else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -243,6 +243,11 @@ class ComposePipeline:
             "dtype": str(self.dtype).removeprefix("torch."),
             "offload": self.offload,
             "hardware": name or platform.machine(),
+            **(
+                {"threads": str(self.kind.threads or torch.get_num_threads())}
+                if self.device.type == "cpu"
+                else {}
+            ),
             **self._options,
         }
 
@@ -335,7 +340,10 @@ class ComposePipeline:
         steps = _Steps(progress, len(groups))
         images: dict[int, PIL.Image.Image] = {}
         backend = ""
-        with self._composition(pipe, order) as composition:
+        with (
+            loading.threads(order.record.place.get("threads")),
+            self._composition(pipe, order) as composition,
+        ):
             if composition is not None:
                 backend = next(name for name, kind in BACKENDS.items() if type(composition.backend) is kind)
             for group in groups:
