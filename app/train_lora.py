@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,19 +139,34 @@ def _train(
     prompts = args.validate_prompt or [examples.captions[1]]
     text = None if settings.text_encoder else encode_text(pipe, [*prompts, ""], here.device)
     easel = _Easel(pipe, prompts, text, settings, here.device)
-    path = train(
-        settings,
-        pipe,
-        lambda generator: examples.draw(generator, settings.batch, settings.caption_dropout),
-        out,
-        base=_facts(args.base, base),
-        resume=args.resume,
-        watch=easel.watch(out, args.validate_every) if args.validate_every and here.is_main_process else None,
-    )
+    watch = easel.watch(out, args.validate_every) if args.validate_every and here.is_main_process else None
+    with _told(out):
+        path = train(
+            settings,
+            pipe,
+            lambda generator: examples.draw(generator, settings.batch, settings.caption_dropout),
+            out,
+            base=_facts(args.base, base),
+            resume=args.resume,
+            watch=watch,
+        )
     if here.is_main_process:
         pipe.load_lora_weights(path)
         easel.draw(path.with_suffix(".png"))
         print(path, path.with_suffix(".png"), sep="\n")
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Say, after ctrl-C, where the run was saved."""
+    from compose.training.lora import checkpoint_of
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint_of(out).exists():
+            print(f"saved in {checkpoint_of(out)}; the same command with --resume goes on", file=sys.stderr)
+        raise
 
 
 def _open(base: Source, precision: str) -> DiffusionPipeline:

@@ -63,6 +63,7 @@ def test_ctrl_c_keeps_a_checkpoint_that_resumes(train, tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(_Run, "step", step)
     assert train() == 130
+    assert "ink.checkpoint; the same command with --resume goes on" in capsys.readouterr().err
     monkeypatch.undo()
     assert (tmp_path / "ink.checkpoint").is_file() and not (tmp_path / "ink.safetensors").exists()
     assert train() == 2
