@@ -261,16 +261,18 @@ def _json_object(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def report(adapter: Adapter | str | Path, modules: Iterable[str] | Mapping[str, tuple[int, ...]]) -> Report:
+def report(adapter: Adapter | str | Path, modules: Iterable[str] | Mapping[str, Any]) -> Report:
     """How `adapter` (or the file at that path) fits a base whose site names are `modules`.
 
-    `modules` may map each site to its weight's shape; then shapes are compared too. A site is
-    `component.module.path`; CLIP's `text_model.` level may be present or absent.
+    `modules` may map each site to its weight's shape, or to anything with a `shape`, as `compose.sites.Sites` does;
+    then shapes are compared too. A site is `component.module.path`; CLIP's `text_model.` level may be there or not.
     """
     if not isinstance(adapter, Adapter):
         adapter = load(adapter)
     shapes = (
-        {canonical(site): shape for site, shape in modules.items()} if isinstance(modules, Mapping) else {}
+        {canonical(site): getattr(shape, "shape", shape) for site, shape in modules.items()}
+        if isinstance(modules, Mapping)
+        else {}
     )
     known = set(shapes) or {canonical(site) for site in modules}
     sites = sorted({canonical(site) for site in (*adapter.deltas, *adapter.biases)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import FluxPipeline, UNet2DConditionModel
@@ -11,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from compose.adapter import Adapter, Dense, LowRank, Sparse
 from compose.errors import AdapterError
-from compose.formats import canonical, dense, load, save, shape_of
+from compose.formats import canonical, dense, load, report, save, shape_of
+from compose.sites import sites_of
 from tests.tiny import PIPELINES, random_adapter
 
 
@@ -62,6 +65,17 @@ def test_round_trip(family, components, to, tmp_path):
     back = load(save(adapter, tmp_path / "a.safetensors", to), strict=True)
     assert back.family == family
     same(adapter, back)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux", "z-image"])
+def test_report_takes_the_engines_own_sites(family):
+    pipe = PIPELINES[family](0)
+    adapter = mixed(pipe, ["unet" if "sd" in family else "transformer", "text_encoder"], convolutions=True)
+    found = report(adapter, sites_of(pipe))
+    assert found.matched == found.total == len(adapter.deltas), str(found)
+    site = next(iter(adapter.deltas))
+    wrong = replace(adapter, deltas={site: LowRank(down=torch.ones(1, 7), up=torch.ones(5, 1))})
+    assert "made for 5x7" in report(wrong, sites_of(pipe)).unmatched[0]
 
 
 def test_peft_round_trip_holds_one_component(flux, tmp_path):
