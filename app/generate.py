@@ -16,7 +16,7 @@ from compose.arrange import check_policy
 from compose.bases import BUNDLED
 from compose.errors import RequestError
 from compose.prompt import Pick, parse_pick
-from compose.record import Applied, Result, as_text, check_writable
+from compose.record import Applied, Result, as_text, check_writable, paths_for, write_png
 from compose.request import Request
 
 if TYPE_CHECKING:
@@ -112,10 +112,23 @@ def run(args: argparse.Namespace) -> int:
             request.base, device=args.device, dtype=args.dtype, offload=args.offload, config=args.base_config,
             variant=args.variant, progress=bars,
         )  # fmt: skip
-        result = pipe(request, library=library, progress=bars)
-    paths = result.save(args.out, metadata=not args.no_metadata)
-    report(result, paths, as_json=args.json)
+        saver = Saver(args.out, metadata=not args.no_metadata)
+        result = pipe(request, library=library, progress=bars, keep=saver)
+    report(result, saver.paths, as_json=args.json)
     return 0
+
+
+class Saver:
+    """Writes each picture as soon as it is drawn: a run that is stopped keeps what it has."""
+
+    def __init__(self, out: str | None, metadata: bool) -> None:
+        self.out, self.metadata = out, metadata
+        self.paths: tuple[Path, ...] = ()
+
+    def __call__(self, result: Result) -> None:
+        request, index = result.record.request, result.record.index
+        self.paths = self.paths or paths_for(self.out, [request.seed + n for n in range(request.count)])
+        write_png(self.paths[index], result.images[0], result.record if self.metadata else None)
 
 
 def request_from(args: argparse.Namespace) -> Request:

@@ -46,6 +46,13 @@ Progress = Callable[[str, int, int], None]  # stage (loading, retrieval, denoisi
 PACKAGES = ("lora-compose", "torch", "diffusers", "transformers", "peft")
 
 
+Keep = Callable[[Result], None]  # gets a Result of one picture
+
+
+def forget(result: Result) -> None:
+    """The keeper that keeps nothing."""
+
+
 def silent(stage: str, done: int, total: int) -> None:
     """The progress report that says nothing."""
 
@@ -154,12 +161,13 @@ class ComposePipeline:
         *,
         library: Library | None = None,
         progress: Progress = silent,
+        keep: Keep = forget,
         **fields: Any,
     ) -> Result:
         """Draw: `pipe("a red apple", loras=["watercolor:0.8"], seed=1)`, or `pipe(request)`.
 
         `fields` are those of `Request`; `image` and `mask` may be PIL pictures. `library` is the user's own where left
-        out. Raises ComposeError, in one line, before anything is drawn.
+        out. `keep` gets every picture as soon as it is drawn, so that a long run can be stopped. Raises ComposeError, in one line, before anything is drawn.
         """
         if isinstance(prompt, Request) and fields:
             raise RequestError(f"give a Request or fields, not both; got a Request and {', '.join(fields)}")
@@ -168,7 +176,7 @@ class ComposePipeline:
             raise RequestError(f"this pipeline holds base '{self.name}', the request wants '{request.base}'")
         with self._lock:
             order = self._prepare(request, library, progress)
-            return self._draw(order, range(order.request.count), progress)
+            return self._draw(order, range(order.request.count), progress, keep)
 
     def redo(self, record: Record, *, library: Library | None = None, progress: Progress = silent) -> Result:
         """Draw one picture again from its record: the same pixels on the same machine.
@@ -330,7 +338,7 @@ class ComposePipeline:
 
     # Drawing
 
-    def _draw(self, order: Order, indices: Sequence[int], progress: Progress) -> Result:
+    def _draw(self, order: Order, indices: Sequence[int], progress: Progress, keep: Keep = forget) -> Result:
         """Pictures `indices` of the order. Those that were drawn together are drawn together again, so that one
         picture of a batch comes out as it did."""
         begun = time.perf_counter()
@@ -338,20 +346,22 @@ class ComposePipeline:
         size = order.request.batch
         groups = sorted({index // size for index in indices})
         steps = _Steps(progress, len(groups))
-        images: dict[int, PIL.Image.Image] = {}
-        backend = ""
+        drawn: list[Result] = []
         with (
             loading.threads(order.record.place.get("threads")),
             self._composition(pipe, order) as composition,
         ):
-            if composition is not None:
-                backend = next(name for name, kind in BACKENDS.items() if type(composition.backend) is kind)
+            record = dataclasses.replace(order.record, backend=_backend_name(composition))
             for group in groups:
                 members = range(group * size, min((group + 1) * size, order.request.count))
-                images |= zip(members, self._call(pipe, order, members, steps), strict=True)
+                images = self._call(pipe, order, members, steps)
+                for index, image in zip(members, images, strict=True):
+                    if index in indices:
+                        drawn.append(Result(images=(image,), record=dataclasses.replace(record, index=index)))
+                        keep(drawn[-1])
         return Result(
-            images=tuple(images[index] for index in indices),
-            record=dataclasses.replace(order.record, index=indices[0], backend=backend),
+            images=tuple(image for result in drawn for image in result.images),
+            record=drawn[0].record,
             seconds=time.perf_counter() - begun,
         )
 
@@ -429,6 +439,13 @@ class _Steps:
         self.done += 1
         self.progress("denoising", self.done, self.groups * pipe.num_timesteps)
         return kwargs
+
+
+def _backend_name(composition: Composition | None) -> str:
+    """The backend that `auto` chose; no name where there is nothing to compose."""
+    if composition is None:
+        return ""
+    return next(name for name, kind in BACKENDS.items() if type(composition.backend) is kind)
 
 
 def _seed(order: Order, index: int) -> int:

@@ -145,6 +145,19 @@ def test_bad_input_is_one_line_and_exit_code_2(generate, capsys, tmp_path, argv,
     assert list(tmp_path.glob("*.png")) == []
 
 
+def test_a_run_that_is_stopped_keeps_what_it_has_drawn(generate, monkeypatch, tmp_path):
+    from compose.app.bars import Bars
+
+    def stop_at_five(self, stage, done, total):
+        if stage == "denoising" and done == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bars, "__call__", stop_at_five)
+    assert generate("--prompt", "a dog", "--count", "9", "--seed", "1", "--out", "a.png") == 130
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["a-1.png", "a-2.png"]
+    assert [read_png(f"a-{seed}.png").seed for seed in (1, 2)] == [1, 2]
+
+
 def test_flags_parse():
     assert parse_loras(None) is None
     assert parse_loras(["none"]) == ()

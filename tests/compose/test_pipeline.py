@@ -205,6 +205,24 @@ def test_progress_counts_every_step(pipe_of, library):
     assert seen == [("denoising", done, 4) for done in (1, 2, 3, 4)]
 
 
+def test_the_thread_count_is_recorded_and_put_back(pipe_of, library):
+    before = torch.get_num_threads()
+    seen = []
+    record = pipe_of("flux")(
+        "a dog", library=library, progress=lambda *_: seen.append(torch.get_num_threads()), **SMALL
+    ).record
+    assert record.place["threads"] == "1"
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == before
+
+
+def test_pictures_are_handed_over_as_they_are_drawn(pipe_of, library):
+    kept = []
+    result = pipe_of("flux")("a dog", count=3, batch=2, keep=kept.append, library=library, **SMALL)
+    assert [one.record for one in kept] == list(result.records)
+    assert all(same(one.images[0], image) for one, image in zip(kept, result.images, strict=True))
+
+
 def test_drawing_leaves_the_random_state_and_the_weights_alone(pipe_of, library):
     pipe = pipe_of("sd15")
     before = pipe.sha256

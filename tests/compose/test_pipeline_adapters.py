@@ -1,8 +1,10 @@
 """Adapters on the one path: named, tagged, found; woven, recorded, redone; refused with a reason."""
 
+import dataclasses
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from compose.retrieval import select as selecting
@@ -148,6 +150,27 @@ def test_the_backend_that_auto_chose_is_recorded(pipe, library):
     assert pipe("a dog", loras="ink", library=library, **SMALL).record.backend == "fold"
     assert pipe("a dog", loras="ink:1@0-0.5", library=library, **SMALL).record.backend == "torch"
     assert pipe("a dog", library=library, **SMALL).record.backend == ""
+
+
+def test_redo_uses_the_recorded_backend(pipe, library):
+    record = pipe("a dog", loras="ink", library=library, **SMALL).record
+    other = dataclasses.replace(record, backend="torch")
+    assert pipe.redo(other, library=library).record.backend == "torch"
+
+
+def test_regions_by_mask_are_redone_and_a_changed_mask_is_refused(tmp_path, pipe, library):
+    mask = PIL.Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    mask.save(tmp_path / "mask.png")
+    result = pipe(
+        "a dog", loras=["ink", "oil"], regions={"ink": str(tmp_path / "mask.png")}, library=library, **SMALL
+    )
+    box = pipe("a dog", loras=["ink", "oil"], regions={"ink": "0,0,0.5,1"}, library=library, **SMALL)
+    assert same(result.images[0], box.images[0])
+    assert same(pipe.redo(result.record, library=library).images[0], result.images[0])
+    mask.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mask.png")
+    with pytest.raises(ComposeError, match="the region of ink given then is not the one there now"):
+        pipe.redo(result.record, library=library)
 
 
 def test_redo_finds_a_moved_adapter_by_its_hash_and_refuses_another(tmp_path, pipe, library, files):
