@@ -16,7 +16,7 @@ from compose.arrange import check_policy
 from compose.bases import BUNDLED
 from compose.errors import RequestError
 from compose.prompt import Pick, parse_pick
-from compose.record import Applied, Result, as_text, check_writable, paths_for, write_png
+from compose.record import Applied, Result, check_writable, paths_for, write_png
 from compose.request import Request
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def _told(item: Applied) -> str:
     if item.trigger:
         parts.append(f"trigger '{item.trigger}'")
     if item.score is not None:
-        parts.append(f"score {as_text(item.score)}")
+        parts.append(f"score {item.score:.2f}")
     return "  ".join([*parts, item.reason or ""]).rstrip()
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -33,10 +33,17 @@ def weights_digest(path: str | Path) -> str:
     return _remembered("weights", Path(path))
 
 
-def folder_digest(folder: str | Path) -> str:
-    """SHA-256 over the names and digests of the weights, configs and tokenizers below `folder`, in hex."""
+def folder_digest(folder: str | Path, variant: str | None = None) -> str:
+    """SHA-256 over the names and digests of what a diffusers folder draws from, in hex: the components that its
+    `model_index.json` names, in one `variant` of their weights ("fp16"; None: the plain ones). What else lies in the
+    folder (other variants, single files, pictures) does not count. Raises OSError or ValueError without an index."""
     folder = Path(folder)
-    paths = sorted(_contents(folder))
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    components = [name for name, value in index.items() if isinstance(value, list)]
+    paths = [folder / "model_index.json"]
+    paths += sorted(
+        path for name in components for path in (folder / name).glob("*") if _counts(path, variant)
+    )
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = list(pool.map(file_digest, paths))
     lines = (
@@ -46,11 +53,15 @@ def folder_digest(folder: str | Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _contents(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.suffix in HASHED and path.is_file():
-            yield path
+_VARIANT = re.compile(r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors$")
+
+
+def _counts(path: Path, variant: str | None) -> bool:
+    """A config, a tokenizer file, or a weight file of the variant; the index of shards follows from the shards."""
+    if path.suffix not in HASHED or ".index." in path.name or not path.is_file():
+        return False
+    match = _VARIANT.search(path.name)
+    return path.suffix != ".safetensors" or (match[1] if match else None) == variant
 
 
 def _remembered(kind: str, path: Path) -> str:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from compose.assets import BASE
 from compose.bases import BUNDLED, KINDS, Kind, identify
+from compose.digest import file_digest, folder_digest
 from compose.errors import BaseModelError, unknown
 
 OFFLOADS = ("none", "model", "sequential")
@@ -33,12 +34,18 @@ _FAILURES = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Where a base lies: `path` is a diffusers folder or one .safetensors file; `config` the folder that completes a
-    single file, if one was given."""
+    single file, if one was given; `variant` the weights of a folder to read ("fp16")."""
 
     name: str
     path: Path
     kind: Kind
     config: Path | None = None
+    variant: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Of the file, or over the files of the folder that are read, in hex."""
+        return folder_digest(self.path, self.variant) if self.path.is_dir() else file_digest(self.path)
 
 
 def find(base: str, config: str | None = None, variant: str | None = None) -> Source:
@@ -51,11 +58,11 @@ def find(base: str, config: str | None = None, variant: str | None = None) -> So
         return _folder(base, BASE)
     path = Path(base).expanduser()
     if path.is_dir():
-        return _folder(base, path)
+        return _folder(base, path, variant)
     if path.is_file():
         return _file(base, path, Path(config).expanduser() if config else None)
     if _HUB_ID.fullmatch(base) and path.suffix != ".safetensors":
-        return _folder(base, fetch(base, variant))
+        return _folder(base, fetch(base, variant), variant)
     if len(path.parts) > 1 or path.suffix or base.startswith((".", "~")):
         raise BaseModelError(
             f"base '{base}' does not exist; give a diffusers folder, a .safetensors file or a hub id"
@@ -76,11 +83,12 @@ def fetch(hub_id: str, variant: str | None = None) -> Path:
         ) from None
 
 
-def _folder(name: str, path: Path) -> Source:
+def _folder(name: str, path: Path, variant: str | None = None) -> Source:
     index = _json(name, path / "model_index.json")
     part = "unet" if "unet" in index else "transformer"
     denoiser = _json(name, path / part / "config.json")
-    return Source(name=name, path=path, kind=identify(str(index.get("_class_name")), denoiser, name))
+    kind = identify(str(index.get("_class_name")), denoiser, name)
+    return Source(name=name, path=path, kind=kind, variant=variant)
 
 
 def _json(name: str, path: Path) -> dict[str, Any]:
@@ -142,7 +150,9 @@ def open_pipeline(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
     """The base in memory, on the CPU, in eval mode. Raises BaseModelError."""
     try:
         if source.path.is_dir():
-            return _text_class(source.kind).from_pretrained(source.path, dtype=dtype, use_safetensors=True)
+            return _text_class(source.kind).from_pretrained(
+                source.path, dtype=dtype, use_safetensors=True, variant=source.variant
+            )
         return _open_file(source, dtype)
     except _FAILURES as error:
         raise BaseModelError(f"base '{source.name}' cannot be loaded: {_first_line(error)}") from None

@@ -28,7 +28,7 @@ from compose.adapter import Adapter
 from compose.arrange import check_policy, policy_for
 from compose.backends import BACKENDS
 from compose.bases import Kind
-from compose.digest import file_digest, folder_digest, weights_digest
+from compose.digest import file_digest, weights_digest
 from compose.engine import Composition
 from compose.errors import AdapterError, RequestError
 from compose.formats import load, resolve
@@ -91,7 +91,7 @@ class ComposePipeline:
         self.name = base or str(pipe.config.get("_name_or_path") or type(pipe).__name__)
         self.kind: Kind = bases.identify(type(pipe).__name__, denoiser.config, self.name)
         self.offload = "none"
-        self.source: Path | None = None
+        self.source: loading.Source | None = None
         self._sha256 = ""
         self._options: dict[str, str] = {}
         self._loaded = pipe
@@ -126,7 +126,7 @@ class ComposePipeline:
         pipe.set_progress_bar_config(disable=True)
         loading.place(pipe, place, offload)
         self = cls(pipe, base)
-        self.kind, self.offload, self.source = source.kind, offload, source.path
+        self.kind, self.offload, self.source = source.kind, offload, source
         self._options = {name: value for name, value in (("config", config), ("variant", variant)) if value}
         progress("loading", 2, 2)
         return self
@@ -149,10 +149,8 @@ class ComposePipeline:
     @property
     def sha256(self) -> str:
         """SHA-256 of the base as it was first used: of its files, or of the weights in memory where it was wrapped."""
-        if not self._sha256 and self.source is None:
-            self._sha256 = loading.weights_in_memory(self._loaded)
-        elif not self._sha256:
-            self._sha256 = folder_digest(self.source) if self.source.is_dir() else file_digest(self.source)
+        if not self._sha256:
+            self._sha256 = self.source.sha256 if self.source else loading.weights_in_memory(self._loaded)
         return self._sha256
 
     def __call__(

@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import io
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -261,8 +260,3 @@ def _settings(record: Record) -> dict[str, Any]:
 def _quoted(value: Any) -> str:
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(sign in text for sign in ',:\n"') else text
-
-
-def as_text(value: float | None) -> str:
-    """A score for people: two digits after the point, or a dash."""
-    return "-" if value is None or math.isnan(value) else f"{value:.2f}"

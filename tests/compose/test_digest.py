@@ -55,18 +55,47 @@ def test_weights_digest_ignores_metadata(tmp_path):
     assert digest.file_digest(a) != digest.file_digest(b)
 
 
-def test_folder_digest_sees_names_and_contents_but_not_readmes(tmp_path):
-    tmp_path = tmp_path / "base"
-    tmp_path.mkdir()
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.json").write_text("{}")
-    first = digest.folder_digest(tmp_path)
-    (tmp_path / "README.md").write_text("hello")
-    assert digest.folder_digest(tmp_path) == first
-    (tmp_path / "unet" / "config.json").write_text("{ }")
-    second = digest.folder_digest(tmp_path)
-    (tmp_path / "unet").rename(tmp_path / "vae")
-    assert len({first, second, digest.folder_digest(tmp_path)}) == 3
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "model_index.json").write_text('{"_class_name": "X", "unet": ["diffusers", "Y"]}')
+    (folder / "unet" / "config.json").write_text("{}")
+    (folder / "unet" / "model.safetensors").write_bytes(b"plain")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "unet/model.safetensors"])
+def test_folder_digest_follows_what_is_read(base, name):
+    first = digest.folder_digest(base)
+    with (base / name).open("ab") as file:
+        file.write(b" ")
+    assert digest.folder_digest(base) != first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "whole.safetensors",
+        "unet/model.fp16.safetensors",
+        "unet/model.fp16-00001-of-00002.safetensors",
+        "vae/config.json",
+    ],
+)
+def test_folder_digest_ignores_what_is_not_read(base, name):
+    first = digest.folder_digest(base)
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_bytes(b"new")
+    assert digest.folder_digest(base) == first
+
+
+def test_variants_have_digests_of_their_own(base):
+    (base / "unet" / "model.fp16.safetensors").write_bytes(b"half")
+    half = digest.folder_digest(base, "fp16")
+    assert half != digest.folder_digest(base)
+    (base / "unet" / "model.safetensors").unlink()
+    assert digest.folder_digest(base, "fp16") == half
 
 
 def test_the_hubs_blobs_are_not_read(tmp_path):

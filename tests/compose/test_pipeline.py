@@ -323,6 +323,17 @@ def test_a_single_file_denoiser_is_completed_from_a_folder(tmp_path, library):
     assert same(pipe("a dog", library=library, **SMALL).images[0], expected.images[0])
 
 
+def test_a_variant_of_a_folder_is_read_and_recorded(tmp_path, library):
+    pipe = tiny.flux(0)
+    pipe.save_pretrained(tmp_path / "base", variant="fp16")
+    with pytest.raises(BaseModelError, match="cannot be loaded"):
+        ComposePipeline.from_pretrained(str(tmp_path / "base"), device="cpu")
+    half = ComposePipeline.from_pretrained(str(tmp_path / "base"), device="cpu", variant="fp16")
+    record = half("a dog", library=library, **SMALL).record
+    assert record.place["variant"] == "fp16"
+    assert record.base_sha256 == digest.folder_digest(tmp_path / "base", "fp16")
+
+
 def test_an_adapter_given_as_base_is_told_so(tmp_path):
     from safetensors.torch import save_file
 
