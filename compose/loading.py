@@ -143,7 +143,7 @@ def _kind_of_file(name: str, shapes: Mapping[str, torch.Tensor]) -> Kind:
             "give a diffusers folder, or --base-config FOLDER of the model it belongs to"
         )
     kind = KINDS[_FILE_KINDS[told]]
-    return KINDS["kontext"] if kind.name == "flux" and "kontext" in name.lower() else kind
+    return KINDS["kontext"] if kind.name.startswith("flux") and "kontext" in Path(name).name.lower() else kind
 
 
 def open_pipeline(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
@@ -159,12 +159,19 @@ def open_pipeline(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def _open_file(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
-    """A checkpoint that carries its VAE is whole; one that does not is a denoiser, completed from `config` or the hub."""
+    """A checkpoint that carries its VAE is whole and wants only configurations; one that does not is a denoiser, completed
+    from `config` or the hub."""
     keys = _shapes(source.name, source.path).keys()
-    whole = any(key.startswith(("first_stage_model.", "vae.")) for key in keys)
-    rest = source.config or fetch_rest(source)
-    if whole:
-        return _text_class(source.kind).from_single_file(source.path, config=str(rest), dtype=dtype)
+    if any(key.startswith(("first_stage_model.", "vae.")) for key in keys):
+        config = str(source.config or source.kind.rest)
+        try:
+            return _text_class(source.kind).from_single_file(source.path, config=config, dtype=dtype)
+        except OSError as error:
+            raise _needs_rest(source, "configuration", error) from None
+    try:
+        rest = source.config or fetch(source.kind.rest)
+    except BaseModelError as error:
+        raise _needs_rest(source, "text encoders and VAE", error) from None
     index = _json(source.name, rest / "model_index.json")
     part = "unet" if "unet" in index else "transformer"
     denoiser = getattr(importlib.import_module("diffusers"), index[part][1])
@@ -172,15 +179,12 @@ def _open_file(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
     return _text_class(source.kind).from_pretrained(rest, dtype=dtype, use_safetensors=True, **{part: model})
 
 
-def fetch_rest(source: Source) -> Path:
-    """The folder whose text encoders, tokenizers and VAE complete a single file. Raises BaseModelError."""
-    try:
-        return fetch(source.kind.rest)
-    except BaseModelError as error:
-        raise BaseModelError(
-            f"'{source.name}' is a single file and needs the configuration of {source.kind.rest}, which is not on this "
-            f"machine; with network run 'hf download {source.kind.rest}', or give its folder with --base-config ({error.__class__.__name__})"
-        ) from None
+def _needs_rest(source: Source, what: str, error: Exception) -> BaseModelError:
+    rest = source.config or source.kind.rest
+    return BaseModelError(
+        f"base '{source.name}' is a single file and needs the {what} of '{rest}', which could not be read "
+        f"({_first_line(_root(error))}); with network run 'hf download {source.kind.rest}', or give --base-config FOLDER"
+    )
 
 
 def _text_class(kind: Kind) -> type[DiffusionPipeline]:

@@ -323,6 +323,66 @@ def test_a_single_file_denoiser_is_completed_from_a_folder(tmp_path, library):
     assert same(pipe("a dog", library=library, **SMALL).images[0], expected.images[0])
 
 
+SINGLE = {
+    "sdxl": "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias",
+    "sd15": "model.diffusion_model.input_blocks.0.0.weight",
+    "flux": "double_blocks.0.img_attn.norm.key_norm.scale",
+}
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+def test_a_whole_single_file_is_told_by_its_keys_and_loaded_by_its_class(tmp_path, monkeypatch, kind):
+    import diffusers
+    from safetensors.torch import save_file
+
+    file = tmp_path / "whole.safetensors"
+    save_file({SINGLE[kind]: torch.zeros(4, 4, 3, 3), "first_stage_model.x": torch.zeros(1)}, file)
+    given = {}
+
+    def from_single_file(path, **more):
+        given.update(more, path=path)
+        return tiny.PIPELINES[kind](0)
+
+    cls = diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline
+    monkeypatch.setattr(cls, "from_single_file", from_single_file)
+    pipe = ComposePipeline.from_pretrained(str(file), device="cpu")
+    assert pipe.kind.name == kind
+    assert (given["path"], given["config"], given["dtype"]) == (file, pipe.kind.rest, torch.float32)
+    assert pipe.sha256 == digest.file_digest(file)
+
+    def offline(path, **more):
+        raise OSError("no network")
+
+    monkeypatch.setattr(cls, "from_single_file", offline)
+    with pytest.raises(
+        BaseModelError, match=r"needs the configuration of .* \(no network\); .* --base-config FOLDER"
+    ):
+        ComposePipeline.from_pretrained(str(file), device="cpu")
+
+
+def test_a_denoiser_file_without_its_rest_says_what_to_give(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    file = tmp_path / "flux1-kontext.safetensors"
+    save_file({SINGLE["flux"]: torch.zeros(4)}, file)
+    monkeypatch.setattr("compose.loading.DiffusionPipeline.download", offline)
+    with pytest.raises(
+        BaseModelError, match=r"needs the text encoders and VAE of 'black-forest-labs/FLUX.1-Kontext-dev'"
+    ):
+        ComposePipeline.from_pretrained(str(file), device="cpu")
+
+
+def test_a_file_of_an_unknown_model_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"some.weight": torch.zeros(4)}, tmp_path / "a.safetensors")
+    with pytest.raises(BaseModelError, match="is not a single-file base this version knows"):
+        ComposePipeline.from_pretrained(str(tmp_path / "a.safetensors"), device="cpu")
+
+
 def test_a_variant_of_a_folder_is_read_and_recorded(tmp_path, library):
     pipe = tiny.flux(0)
     pipe.save_pretrained(tmp_path / "base", variant="fp16")
