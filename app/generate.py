@@ -60,6 +60,7 @@ def _adapter_arguments(group: argparse._ArgumentGroup) -> None:
         "--auto-retrieve", action="store_true", help="find adapters that fit the prompt in the library"
     )
     group.add_argument("--k", type=int, default=3, help="at most this many are found (default: 3)")
+    group.add_argument("--roles", metavar="ROLE,...", help="the roles to find, as concept,concept,style (default: one of each role)")  # fmt: skip
     group.add_argument(
         "--license", metavar="USE", help="only adapters whose licence permits USE (commercial, share, modify)"
     )
@@ -142,6 +143,7 @@ def request_from(args: argparse.Namespace) -> Request:
         loras=parse_loras(args.lora),
         auto_retrieve=args.auto_retrieve,
         k=args.k,
+        roles=None if args.roles is None else args.roles.split(","),
         license=args.license,
         triggers=not args.no_triggers,
         policy=policy,

@@ -291,9 +291,8 @@ class ComposePipeline:
         from compose.retrieval.select import select
 
         progress("retrieval", 0, 1)
-        choices = select(
-            request.text, _library(library), self.kind.families[0], request.k, licence=request.license
-        )
+        family, licence, roles = self.kind.families[0], request.license, request.roles
+        choices = select(request.text, _library(library), family, request.k, licence=licence, roles=roles)
         progress("retrieval", 1, 1)
         return [
             Use(

@@ -24,7 +24,7 @@ class Request:
     Fields left at None take the base's own value (`compose.bases`); a seed left at None is drawn at random.
     `loras`: adapters named (names, files or "name:0.8" strings); () means none at all, not even from tags in the
     prompt; None means nothing was said. `auto_retrieve` searches the library where nothing is named, for at most
-    `k` adapters, of those that `license` (a use such as "commercial") allows. `options` go to the policy (tau=2);
+    `k` adapters, one of each role or those that `roles` lists ("concept", "concept", "style"), of those that `license` (a use such as "commercial") allows. `options` go to the policy (tau=2);
     `regions` binds an adapter to a box "x0,y0,x1,y1" (fractions of the picture) or a mask picture; `blocks` maps an
     adapter to factors by site pattern. `image` and `mask` are files or
     `data:` URIs; with `strength` (0 to 1) the picture is redrawn from its noised self, without it a base that
@@ -39,6 +39,7 @@ class Request:
     loras: tuple[Pick, ...] | None = None
     auto_retrieve: bool = False
     k: int = 3
+    roles: tuple[str, ...] | None = None
     license: str | None = None
     triggers: bool = True
     policy: str = "merge"
@@ -59,6 +60,7 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loras", _picks(self.loras))
+        object.__setattr__(self, "roles", _roles(self.roles))
         _check_types(self)
         _check_text(self)
         _check_numbers(self)
@@ -110,6 +112,14 @@ def _picks(loras: Any) -> tuple[Pick, ...] | None:
     if isinstance(loras, str | Pick):
         loras = (loras,)
     return tuple(_pick(item) for item in loras)
+
+
+def _roles(roles: Any) -> tuple[str, ...] | None:
+    if roles is None:
+        return None
+    if not isinstance(roles, list | tuple) or not all(isinstance(role, str) for role in roles):
+        raise RequestError(f"roles must be a list of names, not {roles!r}")
+    return tuple(roles)
 
 
 def _pick(item: object) -> Pick:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -257,8 +258,8 @@ def test_parts_that_are_not_understood_are_said(tmp_path, pipe, library, files):
 def choose(monkeypatch, *choices: Choice) -> list:
     asked = []
 
-    def select(prompt, library, family, k, *, licence):
-        asked.append((prompt, family, k, licence))
+    def select(prompt, library, family, k, *, licence, roles):
+        asked.append((prompt, family, k, licence, roles))
         return list(choices)
 
     monkeypatch.setattr(selecting, "select", select)
@@ -270,8 +271,10 @@ def test_found_adapters_come_with_score_and_reason(monkeypatch, pipe, library):
         card=library.find("ink"), weight=0.8, score=0.71, reason="'ink' is near its trigger 'ink style'"
     )
     asked = choose(monkeypatch, choice)
-    record = pipe("a dog in ink", auto_retrieve=True, k=2, license="share", library=library, **SMALL).record
-    assert asked == [("a dog in ink", BUNDLED, 2, "share")]
+    record = pipe(
+        "a dog in ink", auto_retrieve=True, k=2, license="share", roles=["style"], library=library, **SMALL
+    ).record
+    assert asked == [("a dog in ink", BUNDLED, 2, "share", ("style",))]
     (item,) = record.adapters
     assert (item.name, item.weight, item.score, item.reason) == ("ink", 0.8, 0.71, choice.reason)
     assert record.prompt == "a dog in ink, ink style"
@@ -310,3 +313,14 @@ def test_a_stop_in_the_middle_of_a_step_leaves_the_base_as_it_was(pipe, library)
 def test_the_record_is_json_all_the_way(pipe, library):
     record = pipe("a dog", loras="ink", library=library, **SMALL).record
     assert type(record).from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_threads_with_different_adapters_get_their_own_pictures(pipe, library):
+    loras = ["ink:0.9", "oil:0.9", "ink:-0.9"]
+    alone = [pipe("a dog", loras=lora, library=library, **SMALL).images[0] for lora in loras]
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        together = list(
+            pool.map(lambda lora: pipe("a dog", loras=lora, library=library, **SMALL).images[0], loras * 2)
+        )
+    assert all(same(a, b) for a, b in zip(alone * 2, together, strict=True))
+    assert not same(alone[0], alone[1])

@@ -11,7 +11,13 @@ from compose.request import MAX_PROMPT, Request
 
 def test_json_goes_both_ways():
     request = Request(
-        prompt="a dog <lora:oil:0.4>", loras=("ink:0.8@0.0-0.5",), seed=7, width=64, height=32, guidance=2
+        prompt="a dog <lora:oil:0.4>",
+        loras=("ink:0.8@0.0-0.5",),
+        roles=["style"],
+        seed=7,
+        width=64,
+        height=32,
+        guidance=2,
     )
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
     assert Request.from_json({"prompt": "a dog"}) == Request(prompt="a dog")
@@ -85,6 +91,7 @@ def test_none_means_no_adapter_at_all():
     ("field", "value", "words"),
     [
         ("options", ["tau"], "options must be a table"),
+        ("roles", "style", "roles must be a list of names"),
         ("regions", {"ink": 3}, "region of 'ink' must be a box"),
         ("blocks", {"ink": {"attn": "much"}}, "blocks of 'ink' must map"),
     ],
