@@ -212,6 +212,11 @@ def weights_in_memory(pipe: DiffusionPipeline) -> str:
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         for key, tensor in sorted(part.state_dict().items()) if isinstance(part, torch.nn.Module) else ():
+            if tensor.is_meta:
+                raise BaseModelError(
+                    f"the weights of this pipeline are offloaded layer by layer ({name}.{key}), so they cannot be hashed; "
+                    "load it with ComposePipeline.from_pretrained(..., offload='sequential')"
+                )
             digest.update(f"{name}.{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -205,6 +205,13 @@ def test_progress_counts_every_step(pipe_of, library):
     assert seen == [("denoising", done, 4) for done in (1, 2, 3, 4)]
 
 
+def test_a_wrapped_pipeline_without_its_weights_at_hand_is_refused(library):
+    raw = tiny.sd15(0)
+    raw.unet.to("meta")
+    with pytest.raises(BaseModelError, match=r"offloaded layer by layer \(unet\..*from_pretrained"):
+        ComposePipeline(raw)("a dog", library=library, **SMALL)
+
+
 def test_the_thread_count_is_recorded_and_put_back(pipe_of, library):
     before = torch.get_num_threads()
     seen = []

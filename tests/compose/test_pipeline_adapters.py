@@ -14,7 +14,7 @@ from compose.retrieval.select import Choice
 from safetensors.torch import load_file, save_file
 
 import compose.digest as digest
-from compose import ComposePipeline
+from compose import ComposePipeline, loading
 from compose.bases import BUNDLED
 from compose.engine import composed
 from compose.errors import ComposeError
@@ -324,3 +324,14 @@ def test_threads_with_different_adapters_get_their_own_pictures(pipe, library):
         )
     assert all(same(a, b) for a, b in zip(alone * 2, together, strict=True))
     assert not same(alone[0], alone[1])
+
+
+def test_offload_follows_from_one_mode_to_another(pipe, library):
+    raw = tiny.flux(0)
+    loading.place(raw, torch.device("cpu"), "model")
+    moved = ComposePipeline(raw, base="tiny")
+    moved.offload = "model"
+    start = tiny.picture(1)
+    for fields in ({}, {"image": start, "strength": 0.5}, {"image": start}, {"loras": "ink"}, {}):
+        expected = pipe("a dog", library=library, **SMALL, **fields)
+        assert same(moved("a dog", library=library, **SMALL, **fields).images[0], expected.images[0])
