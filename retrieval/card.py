@@ -53,7 +53,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text of a card that can be compared with a prompt, and what it is: name, trigger, tag or description."""
+    """A text of a card that can be compared with a prompt, and what it is: name, trigger, summary, description, tag."""
 
     kind: str
     text: str
@@ -107,9 +107,16 @@ _FILLER = re.compile(
 
 
 def texts(card: Card) -> tuple[Text, ...]:
-    """The distinct texts of a card that are embedded, at most 24: name, triggers, tags, sentences of the description."""
+    """The distinct texts of a card that are embedded, at most 24: name, triggers, a summary of name and tags,
+    sentences of the description, single tags. A paraphrase is found by the summary more often than by any one tag."""
     found = [Text("name", readable(card.name))]
     found += [Text("trigger", _plain(trigger)) for trigger in card.triggers]
+    tags = [readable(tag) for tag in card.tags[:6]]
+    found += (
+        [Text("summary", ", ".join([_plain((*card.triggers, readable(card.name))[0]), *tags]))]
+        if tags
+        else []
+    )
     found += [Text("description", sentence) for sentence in _sentences(card.description)[:4]]
     found += [Text("tag", readable(tag)) for tag in card.tags]
     distinct = {text.text: text for text in reversed(found) if text.text}

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONFIG = "open_clip_config.json"
-WEIGHTS = "image.safetensors"  # visual.*, text_projection, logit_scale
+WEIGHTS = "image.safetensors"  # visual.*, text_projection, logit_scale; sentence.weight where it was taught
 MODEL_NAME = "compose-mini-clip"
 _BATCH = 64  # texts or pictures embedded together
 
 
 class Clip:
-    """Make one with `Clip.load`. `text` and `image` return unit rows, float32, (n, `width`)."""
+    """Make one with `Clip.load`. `text` and `image` return unit rows, float32, (n, `width`), that compare with each
+    other; `words` returns unit rows (n, `words_width`) that compare texts with texts, as a sentence encoder does."""
 
     def __init__(
         self, folder: Path, base: Path, text_tower: nn.Module, tokenizer: Any, weights: Mapping[str, Tensor]
@@ -78,8 +79,13 @@ class Clip:
 
     @property
     def width(self) -> int:
-        """Length of a vector."""
+        """Length of a vector of `text` and `image`."""
         return self._weights["text_projection"].shape[1]
+
+    @property
+    def words_width(self) -> int:
+        """Length of a vector of `words`."""
+        return self._weights["sentence.weight"].shape[0] if "sentence.weight" in self._weights else self.width
 
     @property
     def logit_scale(self) -> float:
@@ -88,12 +94,22 @@ class Clip:
 
     def text(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of texts, (n, width) float32; longer texts are cut at the tower's length."""
+        return self._texts(texts, lambda rows: rows, self.width)
+
+    def words(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts in the sentence space, (n, words_width) float32; CLIP's own where none was taught."""
+        head = self._weights.get("sentence.weight")
+        return self._texts(
+            texts, (lambda rows: rows) if head is None else (lambda rows: rows @ head.T), self.words_width
+        )
+
+    def _texts(self, texts: Sequence[str], head: Callable[[Tensor], Tensor], width: int) -> np.ndarray:
         import torch
 
-        rows = [np.zeros((0, self.width), np.float32)]
+        rows = [np.zeros((0, width), np.float32)]
         with torch.inference_mode():
             for start in range(0, len(texts), _BATCH):
-                rows.append(_unit(self._text_batch(list(texts[start : start + _BATCH]))))
+                rows.append(_unit(head(self._text_batch(list(texts[start : start + _BATCH])))))
         return np.concatenate(rows)
 
     def _text_batch(self, texts: list[str]) -> Tensor:

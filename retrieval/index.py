@@ -1,6 +1,9 @@
 """Vectors of every card's texts and preview pictures, in a FAISS index that no card can make wrong.
 
-A vector's id is a hash of what was embedded, so an index never has to be trusted: what a library needs and the index
+A row holds two vectors side by side: one of CLIP's sentence space (zeros for a picture) and one of its picture-and-text
+space. A query fills one half and leaves zeros in the other, so one index answers both kinds of question.
+
+A row's id is a hash of what was embedded, so an index never has to be trusted: what a library needs and the index
 lacks is embedded, what nobody needs is dropped. A crash, a second process or a rebuilt database cost time at worst.
 One file per CLIP (named by the hash of its weights), in the user's folder; a read-only seed for the starter library
 may lie beside the CLIP.
@@ -8,10 +11,11 @@ may lie beside the CLIP.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +42,11 @@ class Encoder(Protocol):
     folder: Path
     sha256: str
     width: int
+    words_width: int
 
     def text(self, texts: Sequence[str]) -> np.ndarray: ...
+
+    def words(self, texts: Sequence[str]) -> np.ndarray: ...
 
     def image(self, images: Sequence[Image.Image]) -> np.ndarray: ...
 
@@ -60,7 +67,8 @@ class Index:
         self.clip = clip
         self._file = None if folder is None else folder / "vectors" / f"{clip.sha256[:16]}.faiss"
         seed = clip.folder / seed_name(clip)
-        self._vectors = _read(self._file, clip.width) or _read(seed, clip.width) or _empty(clip.width)
+        width = clip.words_width + clip.width
+        self._vectors = _read(self._file, width) or _read(seed, width) or _empty(width)
 
     @classmethod
     def open(cls, folder: Path | None = None, clip: Encoder | None = None) -> Index:
@@ -74,23 +82,33 @@ class Index:
         stale, missing = held - wanted.keys(), [key for key in wanted if key not in held]
         if stale:
             self._vectors.remove_ids(np.fromiter(stale, np.int64, len(stale)))
-        with tqdm(
-            total=len(missing), desc="embedding cards", disable=not (progress and missing), leave=False
-        ) as bar:
-            for start in range(0, len(missing), _BATCH):
-                keys = missing[start : start + _BATCH]
-                self._embed([(key, wanted[key]) for key in keys])
-                bar.update(len(keys))
-        if stale or missing:
-            self._save()
+        shown = progress and len(missing) > _BATCH
+        try:
+            with tqdm(total=len(missing), desc="embedding cards", disable=not shown, leave=False) as bar:
+                for start in range(0, len(missing), _BATCH):
+                    keys = missing[start : start + _BATCH]
+                    self._embed([(key, wanted[key]) for key in keys])
+                    bar.update(len(keys))
+        finally:  # ctrl-C keeps what was embedded so far
+            if stale or missing:
+                self._save()
 
-    def search(self, queries: np.ndarray, cards: Sequence[Card], most: int = 64) -> list[list[Hit]]:
-        """For each query row (n, width) the nearest vectors of `cards`, at most `most`, best first."""
-        owners: dict[int, list[tuple[Card, Text]]] = defaultdict(list)
-        for card in cards:
-            for key, evidence in _entries(card):
-                owners[key].append((card, evidence))
-        if not owners or not len(queries):
+    def by_words(self, texts: Sequence[str], cards: Iterable[Card], most: int = 64) -> list[list[Hit]]:
+        """For each text the nearest texts of `cards`, at most `most`, best first."""
+        queries = _padded(self.clip.words(texts), right=self.clip.width)
+        return self._search(queries, _owners(cards, _texts), most)
+
+    def by_look(
+        self, looks: np.ndarray, cards: Iterable[Card], most: int = 64, texts: bool = False
+    ) -> list[list[Hit]]:
+        """For each row of `clip.text` or `clip.image` the nearest previews of `cards` (and `texts` too if asked)."""
+        queries = _padded(looks, left=self.clip.words_width)
+        return self._search(queries, _owners(cards, _entries if texts else _pictures), most)
+
+    def _search(
+        self, queries: np.ndarray, owners: Mapping[int, list[tuple[Card, Text]]], most: int
+    ) -> list[list[Hit]]:
+        if not owners or not len(queries) or not len(self):
             return [[] for _ in queries]
         allowed = np.fromiter(owners, np.int64, len(owners))
         params = faiss.SearchParameters(sel=faiss.IDSelectorBatch(allowed))
@@ -106,12 +124,16 @@ class Index:
     def _embed(self, entries: Sequence[tuple[int, Text]]) -> None:
         words = [(key, e.text) for key, e in entries if e.kind != PREVIEW]
         if words:
-            self._insert([key for key, _ in words], self.clip.text([text for _, text in words]))
-        pictures = [
-            (key, picture) for key, e in entries if e.kind == PREVIEW and (picture := _picture(e.text))
-        ]
+            said = [text for _, text in words]
+            self._insert([key for key, _ in words], np.hstack([self.clip.words(said), self.clip.text(said)]))
+        opened = {key: _picture(e.text) for key, e in entries if e.kind == PREVIEW}
+        pictures = {key: picture for key, picture in opened.items() if picture is not None}
         if pictures:
-            self._insert([key for key, _ in pictures], self.clip.image([picture for _, picture in pictures]))
+            looks = self.clip.image(list(pictures.values()))
+            self._insert(list(pictures), _padded(looks, left=self.clip.words_width))
+        blank = [key for key, picture in opened.items() if picture is None]  # a row of zeros: near to nothing
+        if blank:
+            self._insert(blank, np.zeros((len(blank), self._vectors.d)))
 
     def _insert(self, keys: Sequence[int], rows: np.ndarray) -> None:
         self._vectors.add_with_ids(np.ascontiguousarray(rows, np.float32), np.array(keys, np.int64))
@@ -132,6 +154,11 @@ class Index:
             )
 
 
+def shares(cards: Iterable[Card]) -> Counter[str]:
+    """How many cards say each text."""
+    return Counter(evidence.text for card in cards for _, evidence in _texts(card))
+
+
 def seed_name(clip: Encoder) -> str:
     """File name, beside the CLIP, of the vectors that come with the package."""
     return f"vectors-{clip.sha256[:16]}.faiss"
@@ -150,9 +177,24 @@ def write_seed(cards: Iterable[Card], clip: Encoder) -> Path:
 
 def _entries(card: Card) -> list[tuple[int, Text]]:
     """Everything of a card that is embedded, with its id."""
-    found = [(_key("text", text.text.encode()), text) for text in texts(card)]
-    pictures = ((sample, path) for path in card.previews if (sample := _sample(path)) is not None)
-    return found + [(_key(PREVIEW, sample), Text(PREVIEW, path)) for sample, path in pictures]
+    return _texts(card) + _pictures(card)
+
+
+def _texts(card: Card) -> list[tuple[int, Text]]:
+    return list(_keyed(card.name, card.triggers, card.description, card.tags))
+
+
+@functools.lru_cache(maxsize=1 << 16)  # a search asks for every card's texts several times
+def _keyed(
+    name: str, triggers: tuple[str, ...], description: str, tags: tuple[str, ...]
+) -> tuple[tuple[int, Text], ...]:
+    card = Card(name=name, triggers=triggers, description=description, tags=tags)
+    return tuple((_key("text", text.text.encode()), text) for text in texts(card))
+
+
+def _pictures(card: Card) -> list[tuple[int, Text]]:
+    samples = ((_sample(path), path) for path in card.previews)
+    return [(_key(PREVIEW, sample), Text(PREVIEW, path)) for sample, path in samples if sample is not None]
 
 
 def _key(kind: str, content: bytes) -> int:
@@ -186,6 +228,21 @@ def _hits(cosines: np.ndarray, ids: np.ndarray, owners: Mapping[int, list[tuple[
     return [
         Hit(card, evidence, cosine) for cosine, key in found if key >= 0 for card, evidence in owners[key]
     ]
+
+
+def _padded(rows: np.ndarray, left: int = 0, right: int = 0) -> np.ndarray:
+    return np.pad(rows, ((0, 0), (left, right)))
+
+
+def _owners(
+    cards: Iterable[Card], entries: Callable[[Card], list[tuple[int, Text]]]
+) -> dict[int, list[tuple[Card, Text]]]:
+    """Which cards a row speaks for: the same text may stand on many."""
+    owners: dict[int, list[tuple[Card, Text]]] = defaultdict(list)
+    for card in cards:
+        for key, evidence in entries(card):
+            owners[key].append((card, evidence))
+    return owners
 
 
 def _empty(width: int) -> faiss.IndexIDMap2:

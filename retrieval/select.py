@@ -1,24 +1,25 @@
 """Which adapters a prompt needs: its phrases are compared with what cards say and show, and weak evidence chooses none.
 
 A prompt such as 'a dog and a rocket in high contrast style on a night sky' speaks of four things, so each phrase is
-scored alone as well as the whole. A card's score is its best pair of phrase and text (or preview). What the base draws
-by itself competes too: a phrase that is nearer to such a known thing than to a card speaks against the card.
+scored alone. A card's score is its best pair of phrase and text (or preview picture). What the base draws by itself
+competes too: phrases that name such a known thing are spent, and phrases nearer to one than to a card count less.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from compose.retrieval.card import ROLES, Card, texts
-from compose.retrieval.index import PREVIEW, Hit, Index
+from compose.retrieval.card import ROLES, Card, Text, to_dict
+from compose.retrieval.index import PREVIEW, Hit, Index, shares
 from compose.retrieval.library import Library
+from compose.retrieval.phrases import Span, cut, parts, runs, whole
 from compose.retrieval.sidecars import read_card_file
 from PIL import Image
 
@@ -27,158 +28,30 @@ from compose.errors import LibraryError, RequestError, unknown
 
 SETTINGS = "retrieval.json"  # beside the CLIP: a Scoring
 KNOWN = "known"  # folder beside the CLIP: one file of cards per family, of what the base draws by itself
-_MOST_SPANS = 96
-_LONGEST = 5  # words of a part of a phrase
-
-# Words between phrases, and words that say only that something is to be drawn.
-_BETWEEN = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "and",
-        "or",
-        "with",
-        "on",
-        "in",
-        "at",
-        "of",
-        "over",
-        "under",
-        "above",
-        "below",
-        "near",
-        "beside",
-        "behind",
-        "between",
-        "into",
-        "onto",
-        "upon",
-        "to",
-        "from",
-        "by",
-        "for",
-        "as",
-        "its",
-        "is",
-        "are",
-        "this",
-        "that",
-        "these",
-        "those",
-        "there",
-        "here",
-        "next",
-        "left",
-        "right",
-        "top",
-        "bottom",
-        "front",
-        "against",
-        "set",
-        "placed",
-        "some",
-        "my",
-        "your",
-        "while",
-        "who",
-        "which",
-        "made",
-        "drawn",
-        "rendered",
-        "painted",
-    ]
-)
-_EMPTY = frozenset(
-    [
-        "picture",
-        "image",
-        "illustration",
-        "drawing",
-        "icon",
-        "emoji",
-        "photo",
-        "photograph",
-        "painting",
-        "sketch",
-        "artwork",
-        "art",
-        "clipart",
-        "sticker",
-        "portrait",
-        "draw",
-        "show",
-        "me",
-        "please",
-        "i",
-        "want",
-        "would",
-        "like",
-        "make",
-        "create",
-        "generate",
-        "paint",
-        "just",
-        "nice",
-        "simple",
-        "depict",
-        "give",
-        "let",
-        "see",
-        "can",
-        "you",
-        "render",
-        "background",
-        "backdrop",
-        "ground",
-        "surface",
-        "canvas",
-        "backing",
-        "style",
-        "look",
-        "middle",
-        "center",
-        "corner",
-        "side",
-        "one",
-        "two",
-        "three",
-        "four",
-        "pair",
-        "couple",
-        "plain",
-        "solid",
-        "gradient",
-        "small",
-        "tiny",
-        "little",
-        "large",
-        "big",
-        "huge",
-        "very",
-        "it",
-        "instead",
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """How evidence counts; measured by `calibrate` and kept beside the CLIP it was measured with.
+    """How evidence counts; kept beside the CLIP that it was measured with.
 
-    A card is chosen from score `threshold` on. A part of a phrase counts `part` of its cosine, the whole prompt
-    `whole`. The cosine between prompt and preview lies on another scale than that between texts: it is mapped by
-    `preview_scale`, `preview_shift`. A text that n cards share loses `common` * ln(n). What the base knows better
-    than the card costs `contrast` times the difference of the cosines.
+    A card is chosen from score `threshold` on, or `threshold_blind` where nothing tells what the base knows. A part of
+    a phrase counts `part` of its cosine, the whole prompt `whole`, a tag `tag`. Cosines of texts and previews lie on
+    another scale than those of two texts: `preview_scale`, `preview_shift` map them. A text that n cards share loses
+    `common` * ln(n). A phrase within cosine `known` of a thing the base knows is spent; otherwise it costs `contrast`
+    for each point by which the known thing comes nearer than the card, less `margin`.
     """
 
-    threshold: float = 0.62
-    part: float = 0.9
-    whole: float = 0.95
+    threshold: float = 0.35
+    threshold_blind: float = 0.65
+    part: float = 0.6
+    whole: float = 0.6
+    tag: float = 0.9
     preview_scale: float = 1.0
     preview_shift: float = 0.0
     common: float = 0.02
+    known: float = 0.85
     contrast: float = 1.0
+    margin: float = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,16 +62,6 @@ class Choice:
     weight: float
     score: float
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A piece of the prompt, where its words stand in it, and how much its evidence counts."""
-
-    text: str
-    begin: int
-    end: int
-    factor: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,15 +95,18 @@ def select(
     if k < 0:
         raise RequestError(f"k is the number of adapters, 0 or more; got {k}")
     room = _room(roles)
-    index = _ready(library, index, family, progress)
-    scoring = scoring or load_scoring(index.clip.folder)
     cards = [card for card in library.cards(family, licence) if weightless or card.path]
-    least = scoring.threshold if threshold is None else threshold
+    if not cards and prompt.strip():
+        return []
+    index = _ready(library, index, progress)
+    scoring = scoring or load_scoring(index.clip.folder)
+    known = known_cards(index.clip.folder, family)
+    least = (scoring.threshold if known else scoring.threshold_blind) if threshold is None else threshold
     chosen: list[_Evidence] = []
-    for found in _ranked(prompt, cards, family, index, scoring):
+    for found in _ranked(prompt, cards, known, index, scoring):
         if len(chosen) == k or found.score < least:
             break
-        if room(found.hit.card, chosen) and not any(_overlap(found.span, other.span) for other in chosen):
+        if room(found.hit.card, chosen) and not any(found.span.overlaps(other.span) for other in chosen):
             chosen.append(found)
     return [_choice(found) for found in chosen]
 
@@ -256,20 +122,42 @@ def search(
     progress: bool = False,
 ) -> list[Choice]:
     """The `k` cards nearest to a text or a picture, best first, without a threshold; cards without weights too."""
-    index = _ready(library, index, None, progress)
     cards = library.cards(family, licence)
+    if isinstance(query, str) and not query.strip():
+        raise RequestError("the text to search for is empty")
+    if not cards:
+        return []
+    index = _ready(library, index, progress)
     if isinstance(query, str):
-        calm = replace(load_scoring(index.clip.folder), contrast=0.0)
-        ranked = _ranked(query, cards, None, index, calm)
+        ranked = _ranked(query, cards, [], index, load_scoring(index.clip.folder))
     else:
         ranked = _by_picture(query, cards, index)
     return [_choice(found) for found in ranked[:k]]
 
 
-def known_cards(folder: Path, family: str | None) -> list[Card]:
-    """What the base of `family` draws by itself, as cards, from the CLIP's folder; none where nothing is written."""
-    file = folder / KNOWN / f"{family}.json"
-    return read_card_file(file) if family and file.is_file() else []
+def scores(
+    prompts: Sequence[str], library: Library, family: str, index: Index, scoring: Scoring
+) -> list[list[Choice]]:
+    """For each prompt every card with any evidence, best first, without a threshold: what calibration measures."""
+    _ready(library, index, False)
+    cards, known = library.cards(family), known_cards(index.clip.folder, family)
+    return [[_choice(found) for found in _ranked(prompt, cards, known, index, scoring)] for prompt in prompts]
+
+
+def calibrate(needed: Sequence[float], unneeded: Sequence[float], none_share: float = 0.93) -> float:
+    """The threshold under which nothing is chosen.
+
+    `needed` are the scores of the right card for prompts that need it, `unneeded` the best scores for prompts that
+    need none. At least `none_share` of the latter end without an adapter; the threshold lies midway between the last
+    of them and the next needed score. Raises LibraryError when either list is empty.
+    """
+    if not needed or not unneeded:
+        raise LibraryError(
+            "calibration needs scores of prompts that need an adapter, and of prompts that need none"
+        )
+    floor = float(np.quantile(np.asarray(unneeded, np.float64), none_share, method="higher"))
+    above = [score for score in needed if score > floor]
+    return (floor + min(above)) / 2 if above else floor + 1e-4
 
 
 def load_scoring(folder: Path) -> Scoring:
@@ -292,121 +180,119 @@ def load_scoring(folder: Path) -> Scoring:
 
 def save_scoring(scoring: Scoring, folder: Path) -> Path:
     """Write the settings beside a CLIP."""
-    write_atomic(folder / SETTINGS, json.dumps(asdict(scoring), indent=1).encode())
+    write_atomic(folder / SETTINGS, json.dumps(asdict(scoring), indent=1).encode() + b"\n")
     return folder / SETTINGS
 
 
-def calibrate(needed: Sequence[float], unneeded: Sequence[float], none_share: float = 0.93) -> float:
-    """The threshold under which nothing is chosen.
-
-    `needed` are the scores of the right card for prompts that need it, `unneeded` the best scores for prompts that
-    need none. It leaves at least `none_share` of the latter without an adapter; where there is a choice, it is the
-    middle of the widest gap that costs the fewest needed ones. Raises LibraryError when either list is empty.
-    """
-    if not needed or not unneeded:
-        raise LibraryError(
-            "calibration needs scores of prompts that need an adapter, and of prompts that need none"
-        )
-    floor = float(np.quantile(np.asarray(unneeded, np.float64), none_share, method="higher"))
-    above = [score for score in needed if score > floor]
-    return round((floor + min(above)) / 2, 4) if above else round(floor + 1e-4, 4)
+def known_cards(folder: Path, family: str | None = None) -> list[Card]:
+    """What bases draw by themselves, as cards, from the CLIP's folder: of one family, or (None) of all."""
+    files = sorted((folder / KNOWN).glob("*.json" if family is None else f"{family}.json"))
+    return [card for file in files for card in _known(file, file.stat().st_mtime_ns)]
 
 
-def spans(prompt: str, scoring: Scoring = Scoring()) -> list[Span]:
-    """The whole prompt, its phrases (between commas, articles, prepositions) and the parts of each phrase.
-
-    Phrases count fully, parts and the whole less. At most 96; longer prompts lose their last parts.
-    """
-    words = [
-        (m[0].lower(), m.start()) for m in re.finditer(r"[^\W_]+(?:['’-][^\W_]+)*|[,.;:!?()\n|]", prompt)
-    ]
-    phrases = list(_phrases([word for word, _ in words]))
-    found = [_span(words, begin, end, 1.0) for begin, end in phrases]
-    found += [_span(words, begin, end, 1.0) for begin, end in _joined(words, phrases)]
-    parts = [_span(words, i, j, scoring.part) for begin, end in phrases for i, j in _parts(begin, end)]
-    whole = Span(" ".join(prompt.lower().split())[:500], 0, 0, scoring.whole)  # overlaps with no phrase
-    return list({span.text: span for span in reversed([*found, whole, *parts])}.values())[::-1][:_MOST_SPANS]
+def save_known(cards: Iterable[Card], family: str, folder: Path) -> Path:
+    """Write what the base of `family` draws by itself (names, and other ways to say them as tags) beside a CLIP."""
+    rows = [{key: value for key, value in to_dict(card).items() if key in ("name", "tags")} for card in cards]
+    (folder / KNOWN).mkdir(parents=True, exist_ok=True)
+    file = folder / KNOWN / f"{family}.json"
+    write_atomic(file, (json.dumps({"cards": rows}, ensure_ascii=False, indent=0) + "\n").encode())
+    return file
 
 
-def _phrases(words: Sequence[str]) -> Iterable[tuple[int, int]]:
-    """Runs of words that say something, as (begin, end)."""
-    begin = None
-    for place, word in enumerate([*words, ","]):
-        speaks = word not in _BETWEEN and word not in _EMPTY and word[0].isalnum()
-        if speaks and begin is None:
-            begin = place
-        elif not speaks and begin is not None:
-            yield begin, place
-            begin = None
+@functools.lru_cache(maxsize=16)
+def _known(file: Path, changed: int) -> tuple[Card, ...]:
+    return tuple(read_card_file(file))
 
 
-def _joined(
-    words: Sequence[tuple[str, int]], phrases: Sequence[tuple[int, int]]
-) -> Iterable[tuple[int, int]]:
-    """Neighbouring phrases with only small words between them ('bow and arrow', 'cat with glasses')."""
-    for (begin, middle), (after, end) in zip(phrases, phrases[1:], strict=False):
-        if after - middle <= 2 and all(word in _BETWEEN for word, _ in words[middle:after]):
-            yield begin, end
-
-
-def _parts(begin: int, end: int) -> Iterable[tuple[int, int]]:
-    for size in range(min(end - begin - 1, _LONGEST), 0, -1):
-        yield from ((i, i + size) for i in range(begin, end - size + 1))
-
-
-def _span(words: Sequence[tuple[str, int]], begin: int, end: int, factor: float) -> Span:
-    return Span(" ".join(word for word, _ in words[begin:end]), begin, end, factor)
-
-
-def _ready(library: Library, index: Index | None, family: str | None, progress: bool) -> Index:
-    """The index, holding every card of the library and what the base of `family` draws by itself."""
-    index = index or Index.open(library.folder)
-    index.sync([*library.cards(), *known_cards(index.clip.folder, family)], progress)
+def _ready(library: Library, index: Index | None, progress: bool) -> Index:
+    """The index, holding every card of the library and what bases draw by themselves."""
+    index = Index.open(library.folder) if index is None else index
+    index.sync([*library.cards(), *known_cards(index.clip.folder)], progress)
     return index
 
 
 def _ranked(
-    prompt: str, cards: Sequence[Card], family: str | None, index: Index, scoring: Scoring
+    prompt: str, cards: Sequence[Card], known: Sequence[Card], index: Index, scoring: Scoring
 ) -> list[_Evidence]:
     """The best evidence of every card that has any, best first."""
     if not prompt.strip():
         raise RequestError("the prompt is empty, so no adapter can be chosen; say what to draw")
-    pieces = spans(prompt, scoring)
-    queries = index.clip.text([span.text for span in pieces])
-    rivals = index.search(queries, known_cards(index.clip.folder, family), most=1)
-    shared = _shared(cards)
-    best: dict[str, _Evidence] = {}
-    for span, hits, known in zip(pieces, index.search(queries, cards), rivals, strict=True):
-        rival = known[0].cosine if known else -1.0
-        for hit in hits:
-            found = _Evidence(_score(span, hit, rival, shared, scoring), span, hit)
-            if hit.card.name not in best or found.score > best[hit.card.name].score:
-                best[hit.card.name] = found
-    return sorted(best.values(), key=lambda found: (-found.score, found.hit.card.name))
+    words, phrases = cut(prompt)
+    left = _unspent(words, phrases, cards, known, index, scoring)
+    spans = runs(words, left) + parts(words, left, scoring.part) + [whole(prompt, scoring.whole)]
+    spans = list({span.text: span for span in reversed(spans)}.values())
+    said = [span.text for span in spans]
+    rivals = [hits[0].cosine if hits else -1.0 for hits in index.by_words(said, known, most=1)]
+    shared = shares(cards)
+    found = [
+        _Evidence(_score(span, hit, rival, shared, scoring), span, hit)
+        for span, rival, hits in zip(spans, rivals, index.by_words(said, cards), strict=True)
+        for hit in hits
+    ]
+    return _best(found + _seen(spans, cards, index, scoring))
+
+
+def _unspent(
+    words: Sequence[str],
+    phrases: Sequence[tuple[int, int]],
+    cards: Sequence[Card],
+    known: Sequence[Card],
+    index: Index,
+    scoring: Scoring,
+) -> list[tuple[int, int]]:
+    """The phrases that the base does not know by itself. A phrase is spent with every run that names a known thing,
+    unless a card names it better ('sun behind large cloud' beside the known 'sun')."""
+    candidates = runs(words, phrases) if known else []
+    said = [span.text for span in candidates]
+    rival = [hits[0].cosine for hits in index.by_words(said, known, most=1)]
+    own = [hits[0].cosine if hits else -1.0 for hits in index.by_words(said, cards, most=1)]
+    table = list(zip(candidates, rival, own, strict=True))
+    spent = [span for span, theirs, ours in table if theirs >= scoring.known and theirs >= ours]
+    named = [span for span, theirs, ours in table if ours >= scoring.known and ours > theirs]
+    freed = [span for span in named if not any(other.covers(span) for other in spent)]
+    return [
+        (begin, end)
+        for begin, end in phrases
+        if any(span.begin <= begin and end <= span.end for span in freed)
+        or not any(span.begin <= begin and end <= span.end for span in spent)
+    ]
 
 
 def _score(span: Span, hit: Hit, rival: float, shared: Counter[str], scoring: Scoring) -> float:
-    cosine = hit.cosine
-    if hit.evidence.kind == PREVIEW:
-        cosine = scoring.preview_scale * cosine + scoring.preview_shift
-    cost = scoring.contrast * max(0.0, rival - cosine) + scoring.common * math.log(
-        max(1, shared[hit.evidence.text])
-    )
-    return span.factor * cosine - cost
+    nearer = max(0.0, rival - hit.cosine + scoring.margin) if rival > -1.0 else 0.0
+    kind = scoring.tag if hit.evidence.kind == "tag" else 1.0
+    common = math.log(max(1, shared[hit.evidence.text]))
+    return span.factor * kind * hit.cosine - scoring.contrast * nearer - scoring.common * common
 
 
-def _shared(cards: Iterable[Card]) -> Counter[str]:
-    """How many cards say each text: a word that many say is weak evidence for any of them."""
-    return Counter(text.text for card in cards for text in texts(card))
+def _seen(spans: Sequence[Span], cards: Sequence[Card], index: Index, scoring: Scoring) -> list[_Evidence]:
+    """Evidence by preview pictures, for cards that have one."""
+    pictured = [card for card in cards if card.previews]
+    if not pictured:
+        return []
+    found = index.by_look(index.clip.text([span.text for span in spans]), pictured)
+    return [
+        _Evidence(span.factor * (scoring.preview_scale * hit.cosine + scoring.preview_shift), span, hit)
+        for span, hits in zip(spans, found, strict=True)
+        for hit in hits
+    ]
 
 
 def _by_picture(picture: Image.Image, cards: Sequence[Card], index: Index) -> list[_Evidence]:
     """Cards by whatever of theirs is nearest to the picture, previews or texts."""
     span = Span("the picture", 0, 0, 1.0)
+    hits = index.by_look(index.clip.image([picture]), cards, most=len(index), texts=True)[0]
+    return _best([_Evidence(hit.cosine, span, hit) for hit in hits])
+
+
+def _best(found: Iterable[_Evidence]) -> list[_Evidence]:
+    """The best evidence of each card, best first."""
     best: dict[str, _Evidence] = {}
-    for hit in index.search(index.clip.image([picture]), cards, most=len(index))[0]:
-        best.setdefault(hit.card.name, _Evidence(hit.cosine, span, hit))
-    return sorted(best.values(), key=lambda found: -found.score)
+    for one in found:
+        name = one.hit.card.name
+        if name not in best or one.score > best[name].score:
+            best[name] = one
+    return sorted(best.values(), key=lambda one: (-one.score, one.hit.card.name))
 
 
 def _room(roles: Sequence[str] | None) -> Callable[[Card, Sequence[_Evidence]], bool]:
@@ -423,20 +309,18 @@ def _room(roles: Sequence[str] | None) -> Callable[[Card, Sequence[_Evidence]], 
     return fits
 
 
-def _overlap(one: Span, other: Span) -> bool:
-    """Whether two spans share a word: one word of the prompt calls for one adapter."""
-    return max(one.begin, other.begin) < min(one.end, other.end)
-
-
 def _choice(found: _Evidence) -> Choice:
     card, evidence = found.hit.card, found.hit.evidence
-    said = (
+    reason = f"'{_short(found.span.text)}' is near {_named(evidence)} ({found.hit.cosine:.2f})"
+    return Choice(card=card, weight=card.weight, score=round(found.score, 4), reason=reason)
+
+
+def _named(evidence: Text) -> str:
+    return (
         "its preview picture"
         if evidence.kind == PREVIEW
         else f"its {evidence.kind} '{_short(evidence.text)}'"
     )
-    reason = f"'{_short(found.span.text)}' is near {said} ({found.hit.cosine:.2f})"
-    return Choice(card=card, weight=card.weight, score=round(found.score, 4), reason=reason)
 
 
 def _short(text: str) -> str:
