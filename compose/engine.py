@@ -19,7 +19,7 @@ from compose.adapter import Adapter
 from compose.backends import BACKENDS, Backend, Budget, Gate, Job, Spread, choose
 from compose.backends.base import check_adapters, refuse_loaded
 from compose.clock import Clock
-from compose.errors import BackendError, RequestError, unknown
+from compose.errors import BackendError, ComposeError, RequestError, unknown
 from compose.geometry import Geometry
 from compose.plan import Branch, Context, Mix, Policy, Step, check_plan
 from compose.sites import TEXT_ENCODERS, Layout, bind, layout_of, matching, sites_of
@@ -133,11 +133,20 @@ class Composition:
     ) -> None:
         """Other adapters and another policy from the next picture on, within the budget; nothing is recompiled."""
         self._takeover.check_thread()
-        if adapters is not None:
+        before = (self._adapters, self.policies, self.pictures)
+        try:
+            if policy is not None:
+                self._set_policy(policy)
+            self._exchange(self._adapters if adapters is None else list(adapters))
+        except ComposeError:
+            adapters, self.policies, self.pictures = before
+            self._exchange(adapters)
+            raise
+
+    def _exchange(self, adapters: list[Adapter]) -> None:
+        if adapters is not self._adapters:
             check_adapters(adapters, self._sites)
-            self._refill(list(adapters))
-        if policy is not None:
-            self._set_policy(policy)
+            self._refill(adapters)
         self._check_patterns()
         self._check_plans()
         self._renew()
@@ -148,9 +157,9 @@ class Composition:
             raise BackendError(
                 "these adapters change text encoders and the first ones did not; compose again"
             )
+        self._adapters = adapters  # before filling, so that a failure fills the earlier ones in again
         for backend in filter(None, (self.backend, self.text_backend)):
             backend.fill(adapters)
-        self._adapters = adapters
         self._text_names = self._touching(adapters, TEXT_ENCODERS)
 
     # attaching
@@ -236,12 +245,12 @@ class Composition:
 
     def _check_patterns(self) -> None:
         """Every site pattern of every mix means at least one site of its adapter."""
-        named = {adapter.name: [*adapter.deltas, *adapter.biases] for adapter in self._adapters}
+        named = {adapter.name: adapter for adapter in self._adapters}
         for mix in self._mixes():
             for name, weight in mix.weights.items():
                 if isinstance(weight, Mapping) and name in named:
                     for pattern in weight:
-                        matching(pattern, named[name])
+                        matching(pattern, [*named[name].deltas, *named[name].biases])
 
     def _touching(self, adapters: Sequence[Adapter], components: Sequence[str]) -> list[str]:
         """Names of the adapters that change any of these components."""

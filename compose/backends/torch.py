@@ -6,7 +6,7 @@ Nothing of the base is changed: a forward hook adds the delta to the layer's out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from compose.adapter import Adapter, LowRank
 from compose.backends.base import Gate, Job, Spread, check_names, compute_dtype, site_weights, touched
 from compose.errors import BackendError, unknown
-from compose.plan import Mix
+from compose.plan import Mix, Weight
 from compose.sites import Site
 
 SLOT = "_compose_slot"
@@ -105,7 +105,7 @@ class _Columns:
         self.index_tensor = torch.tensor(self.index, dtype=torch.long, device=device)
         self.gain_tensor = torch.tensor(self.gain, dtype=torch.float32)
 
-    def values(self, weight) -> Tensor:
+    def values(self, weight: Weight) -> Tensor:
         """(columns,): what this weight writes."""
         if isinstance(weight, (int, float)):
             return self.gain_tensor * weight
@@ -122,7 +122,8 @@ class TorchBackend:
         self.rows = 1
         self._slots: dict[str, Slot] = {}
         self._hooks: list[RemovableHandle] = []
-        self._written: dict[str, Hashable] = {}
+        self._applied: list[Mapping[str, Weight]] = [{}]
+        self._partly: tuple[str | None, str | None, Spread | None] = (None, None, None)
 
     def attach(self, job: Job) -> None:
         """Allocate the buffers that `job.budget` asks for, fill them, and hook every touched site."""
@@ -172,7 +173,7 @@ class TorchBackend:
         self._check_room(adapters)
         self.job = self.job.with_adapters(adapters)
         self._table.zero_()
-        self._written = {}
+        self._applied = [{}]
         self._columns = {adapter.name: _Columns() for adapter in adapters}
         self._segments: dict[str, list[tuple[str, int, int]]] = {}
         for name, slot in self._slots.items():
@@ -222,29 +223,39 @@ class TorchBackend:
             )
 
     def apply(self, rows: Sequence[Mix], spread: Spread | None = None) -> None:
-        """Write the weights of `rows` (one for all, or one each) into the table; no module and no buffer is swapped."""
-        full = [*rows, *[rows[-1]] * (len(self._table) - len(rows))]
-        for name, columns in self._columns.items():
-            weights = [mix.weights.get(name, 0.0) for mix in full]
-            key = Mix(weights={str(n): weight for n, weight in enumerate(weights)}).key()
-            if self._written.get(name) != key:
-                self._write(columns, weights)
-                self._written[name] = key
+        """Write the weights of `rows` (one for all, or one each) into the table; no module and no buffer is swapped.
+
+        Only adapters whose weights change are touched, so the cost does not grow with those attached.
+        """
+        for name in self._changed(rows):
+            self._write(self._columns[name], [mix.weights.get(name, 0.0) for mix in rows])
+        self._applied = [mix.weights for mix in rows]
         self._parts(rows[0], spread)
 
-    def _write(self, columns: _Columns, weights: Sequence) -> None:
-        if all(weight == weights[0] for weight in weights):
-            values = columns.values(weights[0]).expand(len(weights), -1)
-        else:
-            values = torch.stack([columns.values(weight) for weight in weights])
-        self._table.index_copy_(1, columns.index_tensor, values.to(self._table.device))
+    def _changed(self, rows: Sequence[Mix]) -> list[str]:
+        """Adapters whose weight differs from what the table holds, in any row."""
+        new, old = [mix.weights for mix in rows], self._applied
+        if len(new) != len(old):
+            return list(dict.fromkeys(name for weights in (*new, *old) for name in weights))
+        pairs = [pair for pair in zip(new, old, strict=True) if pair[0] is not pair[1]]
+        raised = [name for now, was in pairs for name, weight in now.items() if was.get(name, 0.0) != weight]
+        dropped = [
+            name for now, was in pairs for name, weight in was.items() if weight != 0 and name not in now
+        ]
+        return list(dict.fromkeys((*raised, *dropped)))
+
+    def _write(self, columns: _Columns, weights: Sequence[Weight]) -> None:
+        """One row of weights holds for the whole table; else the first rows are written, the others do not matter."""
+        values = torch.stack([columns.values(weight) for weight in weights]).to(self._table.device)
+        table = self._table if len(weights) == 1 else self._table[: len(weights)]
+        table.index_copy_(1, columns.index_tensor, values.expand(len(table), -1))
 
     def _parts(self, mix: Mix, spread: Spread | None) -> None:
         """Set up masks and gates, which all rows of a call share, where they change."""
         wanted = (mix.gate, mix.mask, spread if mix.mask else None)
-        if wanted == self._written.get(""):
+        if wanted == self._partly:
             return
-        self._written[""] = wanted
+        self._partly = wanted
         for name, slot in self._slots.items():
             slot.tokens = partial(self._tokens, name, spread, {}) if mix.mask else None
             slot.gate = partial(self._gated, name, self.job.gates[mix.gate]) if mix.gate else None
@@ -280,7 +291,7 @@ class TorchBackend:
             hook.remove()
         for name in self._slots:
             self.job.sites[name].module.__dict__.pop(SLOT, None)
-        self._hooks, self._slots, self._written = [], {}, {}
+        self._hooks, self._slots = [], {}
 
 
 def _delta(adapter: Adapter, name: str, job: Job) -> LowRank | None:

@@ -514,3 +514,30 @@ def test_changing_within_a_composition_and_its_budget():
             composition.change([a, b, replace(a, name="c")])
         with pytest.raises(BackendError, match="needs rank 5"):
             composition.change([tiny.random_adapter(pipe, "c", rank=5)])
+
+
+def test_a_change_that_is_refused_changes_nothing():
+    pipe = tiny.flux(0)
+    a, b = (
+        tiny.random_adapter(pipe, n, components=["transformer", "text_encoder"], seed=i)
+        for i, n in enumerate("ab")
+    )
+    with Composition(pipe, [a], MERGE, "torch") as composition:
+        before = latents(pipe)
+        with pytest.raises(BackendError, match="adapter 'b' is unknown"):
+            composition.change(policy=Merge(weights={"b": 1.0}))
+        assert torch.equal(latents(pipe), before)
+        with pytest.raises(BackendError, match="adapter 'a' is unknown"):
+            composition.change([b])
+        assert torch.equal(latents(pipe), before)
+        composition.change([b], Merge(weights={"b": 1.0}))
+        assert not torch.equal(latents(pipe), before)
+
+
+def test_a_denoiser_asked_for_an_output_class_gives_one():
+    pipe = tiny.sd15(0)
+    adapters = [tiny.random_adapter(pipe, n, seed=i) for i, n in enumerate("ab")]
+    with composed(pipe, adapters, Composite(weights={"a": 1.0, "b": 1.0}), "torch"), torch.no_grad():
+        pipe.scheduler.set_timesteps(2)
+        inputs = (torch.randn(2, 4, 16, 16), pipe.scheduler.timesteps[0], torch.randn(2, 77, 16))
+        assert torch.equal(pipe.unet(*inputs).sample, pipe.unet(*inputs, return_dict=False)[0])
