@@ -4,10 +4,10 @@ import json
 
 import compose.app.doctor as doctor
 import pytest
+import tiny
 from compose.app.cli import main
 
 from compose.formats import save
-from tests import tiny
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+import tiny
 from compose.app.cli import main
 from compose.app.generate import parse_blocks, parse_loras, parse_policy, parse_size
 
@@ -18,7 +19,6 @@ from compose.errors import RequestError
 from compose.formats import save
 from compose.prompt import Pick
 from compose.record import read_png
-from tests import tiny
 
 
 @pytest.fixture(scope="module")

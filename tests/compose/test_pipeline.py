@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import PIL.Image
 import pytest
+import tiny
 import torch
 from compose.retrieval.library import Library
 
@@ -12,7 +13,6 @@ import compose.digest as digest
 from compose import ComposePipeline, Request
 from compose.errors import BaseModelError, ComposeError, RequestError
 from compose.record import Record
-from tests import tiny
 
 FAMILIES = list(tiny.PIPELINES)
 SMALL = {"width": 32, "height": 32, "steps": 2, "seed": 5}

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import PIL.Image
 import pytest
+import tiny
 import torch
 from compose.retrieval import select as selecting
 from compose.retrieval.library import Library
@@ -21,7 +22,6 @@ from compose.errors import ComposeError
 from compose.formats import load, save
 from compose.policies import Merge
 from compose.record import read_png
-from tests import tiny
 
 SMALL = {"width": 32, "height": 32, "steps": 3, "seed": 5}
 
