@@ -41,6 +41,15 @@ class Card:
     source: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Texts come from strangers' files: control characters and broken Unicode become blanks."""
+        for name in ("name", "description", "licence", "source", "family"):
+            object.__setattr__(self, name, _harmless(getattr(self, name)))
+        for name in ("triggers", "tags"):
+            object.__setattr__(self, name, tuple(_harmless(word) for word in getattr(self, name)))
+        clean = {_harmless(key): _harmless(value) for key, value in self.metadata.items()}
+        object.__setattr__(self, "metadata", clean)
+
     @property
     def weight(self) -> float:
         """The strength its author recommends, or 1.0."""
@@ -61,6 +70,10 @@ class Text:
 
 _FIELDS = {f.name for f in fields(Card)}
 _TUPLES = ("triggers", "tags", "previews")
+_KINDS = dict.fromkeys(("path", "family", "description", "licence", "sha256", "source"), str) | {
+    "size": int,
+    "metadata": dict,
+}
 
 
 def to_dict(card: Card) -> dict[str, Any]:
@@ -82,10 +95,21 @@ def from_dict(entry: Mapping[str, Any]) -> Card:
     if entry.get("role", "other") not in ROLES:
         raise LibraryError(unknown("role", str(entry["role"]), ROLES))
     values = dict(entry)
+    for name, kind in _KINDS.items():
+        if not isinstance(
+            entry.get(name, kind()), (kind, type(None)) if name in ("path", "sha256") else kind
+        ):
+            raise LibraryError(f"card field '{name}' must be of type {kind.__name__}, not {entry[name]!r}")
     for name in _TUPLES:
         values[name] = _words(name, entry.get(name, ()))
-    values["metadata"] = {str(k): str(v) for k, v in dict(entry.get("metadata") or {}).items()}
+    values["metadata"] = {str(k): str(v) for k, v in (entry.get("metadata") or {}).items()}
     return Card(**values)
+
+
+def _harmless(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign == "\n" else " " for sign in text)
 
 
 def _words(name: str, value: Any) -> tuple[str, ...]:

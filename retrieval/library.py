@@ -208,7 +208,7 @@ class Library:
         report = self._read(found, progress)
         gone = self._drop_missing(root, {str(f.path) for f in found})
         copies = self._read(found, progress=False) if gone else Report()
-        pickles = [(str(p), "a pickle, which can run code; not opened") for p in _pickles(root)]
+        pickles = [(_shown(p), "a pickle, which can run code; not opened") for p in _pickles(root)]
         report = replace(report, gone=gone, refused=report.refused + tuple(pickles))
         return report.plus(copies.added, copies.changed)
 
@@ -259,7 +259,7 @@ class Library:
                 try:
                     batch.append((item, _read_cards(item)))
                 except (AdapterError, LibraryError) as error:
-                    report = replace(report, refused=(*report.refused, (str(item.path), str(error))))
+                    report = replace(report, refused=(*report.refused, (_shown(item.path), str(error))))
                 if len(batch) == _BATCH:
                     full, batch = batch, []
                     report = report.plus(*self._store(full))
@@ -300,7 +300,7 @@ class Library:
         card = replace(
             card, name=row[1] if row else _free_name(db, stem, {c.name.lower() for c in self.starter})
         )
-        values = (card.name, file, card.sha256, json.dumps(to_dict(card), ensure_ascii=False))
+        values = (card.name, file, card.sha256, json.dumps(to_dict(card)))
         if row is None:
             db.execute("INSERT INTO cards (name, file, sha256, record) VALUES (?, ?, ?, ?)", values)
             added.append(card)
@@ -430,6 +430,10 @@ class Library:
         self._read(groups, progress=True)
 
 
+def _shown(path: Path) -> str:
+    return str(path) if str(path).isprintable() else ascii(str(path))[1:-1]
+
+
 def _card(row: tuple[str, str]) -> Card:
     return replace(from_dict(json.loads(row[1])), name=row[0])
 
@@ -448,6 +452,10 @@ def _identity(card: Card, file: str) -> str:
 
 
 def _read_cards(item: _Found) -> list[Card]:
+    if not str(
+        item.path
+    ).isprintable():  # broken Unicode cannot be stored, control characters cannot be shown
+        raise AdapterError(f"the file name {item.path.name!a} holds unprintable characters; rename it")
     if item.path.suffix == ".json":
         return read_card_file(item.path)
     return [read_card(item.path, item.source, item.beside)]

@@ -41,7 +41,7 @@ _FAMILY_NAMES = (
     ("qwen-image", r"qwen"),
     ("z-image", r"z.?image"),
     ("sd15", r"sd\W?v?1|stable.diffusion.(v)?1|^1\.[45]$"),
-    ("sd21", r"sd\W?v?2|stable.diffusion.(v)?2"),
+    ("sd2", r"sd\W?v?2|stable.diffusion.(v)?2"),
 )
 _ADAPTER_KEY = re.compile(r"lora|lokr|hada_|\.oft_|glora|\.diff(_b)?$|dora_scale|shira|\.sparse\.|ia3", re.I)
 _ROLE_WORDS = (
@@ -75,7 +75,7 @@ def read_card(
     return Card(
         name=name,
         path=str(path),
-        family=facts.get("family") or UNKNOWN,
+        family=facts.get("family") or family_of_keys(header),
         role=facts.get("role") or guess_role(facts.get("tags", ()), name, facts.get("description", "")),
         triggers=tuple(facts.get("triggers", ())),
         description=facts.get("description", ""),
@@ -182,7 +182,6 @@ def _facts(path: Path, header: Header, beside: Iterable[Path]) -> list[Facts]:
         _model_card(_text(readme)) if readme else {},
         _peft(_json_text(_text(config))) if config else {},
         {"description": _text(text).strip()[:2000]} if text else {},
-        {"family": family_of_keys(header)},
     ]
 
 
@@ -334,21 +333,17 @@ def family_of_name(name: str) -> str:
 
 
 def family_of_keys(header: Header) -> str:
-    """The family that the key names and the text width of cross attention tell, or 'unknown'."""
-    keys = "\n".join(header.shapes)
-    if re.search(r"single_transformer_blocks|(double|single)_blocks", keys):
-        return "flux"
-    if re.search(r"joint_blocks|joint_transformer_blocks", keys):
-        return "sd3"
-    if re.search(r"img_mod|txt_mlp|txt_mod", keys):
-        return "qwen-image"
-    if re.search(r"context_refiner|noise_refiner", keys):
-        return "z-image"
+    """The family that key names tell (as the key formats know them), and the text width where names are alike."""
+    from compose.formats.family import detect  # brings torch along, and most files name their family
+
+    family = detect(header.shapes).family
+    if family not in ("", "sd15"):
+        return family
     wide = (shape[-1] for key, shape in header.shapes.items() if _TEXT_KEY.search(key) and len(shape) == 2)
-    return {768: "sd15", 1024: "sd21", 2048: "sdxl"}.get(next(wide, 0), UNKNOWN)
+    return {768: "sd15", 1024: "sd2", 2048: "sdxl"}.get(next(wide, 0)) or family or UNKNOWN
 
 
-_TEXT_KEY = re.compile(r"attn2[._](to_k|processor\.to_k).*(lora_down|lora_A|lora\.down|\.down\.)")
+_TEXT_KEY = re.compile(r"attn2[._](to_k|processor[._]to_k).*(lora_down|lora_A|lora\.down|\.down\.)")
 
 
 def guess_role(tags: Sequence[str], name: str, description: str) -> str:
