@@ -187,6 +187,7 @@ class Composition:
         self._check_plans()
         self._clock = Clock(self.pipe.scheduler, self._to_timestep)
         self._ordinal = 0  # of the denoiser call within its step
+        self._picture = 0  # of the run: kept features never outlive it
         self._renew()
         self._route()
 
@@ -299,6 +300,7 @@ class Composition:
             self._takeover.check_thread()
             self._clock.reset()
             self._ordinal = 0
+            self._picture += 1
             return set_timesteps(*args, **kwargs)
 
         return starting
@@ -381,28 +383,33 @@ class Composition:
             yield from (group[n : n + size] for n in range(0, len(group), size))
 
     def _kind(self, row: int, branch: Branch, positive: bool) -> Hashable:
-        """Rows of one kind may share a call: same gate and mask, and the same mix where the backend needs it. A mask
-        ties them to one picture's areas, and to the prompt if words matter."""
+        """Rows of one kind may share a call: same gate, mask and reuse of features, and the same mix where the backend
+        needs it. A mask ties them to one picture's areas, and to the prompt if words matter."""
         mix = branch.mix
         area = (row % self.pictures, positive and self._worded()) if mix.mask else None
-        return (mix.gate, mix.mask, area, mix.key() if self.backend.rows == 1 else None)
+        return (mix.gate, mix.mask, branch.reuse, area, mix.key() if self.backend.rows == 1 else None)
 
     def _worded(self) -> bool:
         return any(area.words for areas in self._areas() for area in areas.values())
 
     def _run(self, original: Callable, call: Mapping[str, Any], each: Pass, ordinal: int) -> Any:
-        chosen = call_rows.pick(self.layout, call, each.rows)
-        if self.text_backend is not None:
-            mixes = [self._text_mix(branch) for branch in each.branches]
-            for name in self.layout.text:
-                if chosen.get(name) is not None:
-                    chosen[name] = self._texts.swap(chosen[name], mixes)
+        chosen = call_rows.pick(self.layout, self._in_words(call, each), each.rows)
         mixes = [branch.mix for branch in each.branches]
         same = len({mix.key() for mix in mixes}) == 1
         spread = self._spread(call, each.rows[0], ordinal) if mixes[0].mask else None
         self.backend.apply(mixes[:1] if same else mixes, spread)
         with self._caching(each, ordinal):
             return original(**chosen)
+
+    def _in_words(self, call: Mapping[str, Any], each: Pass) -> Mapping[str, Any]:
+        """The call with the text of these rows as their branches have it encoded."""
+        if self.text_backend is None:
+            return call
+        mixes: list[Mix | None] = [None] * call_rows.count(self.layout, call)
+        for row, branch in zip(each.rows, each.branches, strict=True):
+            mixes[row] = self._text_mix(branch)
+        text = {name: call[name] for name in self.layout.text if call.get(name) is not None}
+        return {**call, **{name: self._texts.swap(value, mixes) for name, value in text.items()}}
 
     def _spread(self, call: Mapping[str, Any], row: int, ordinal: int) -> Spread:
         picture = row % self.pictures
@@ -418,7 +425,7 @@ class Composition:
         mixes = tuple(_identity(branch) for branch in each.branches)
         key = (each.branches[0].key, ordinal, each.rows)
         if self._cache is not None:
-            return self._cache.branch(self.denoiser, (*key, mixes), each.branches[0].reuse)
+            return self._cache.branch(self.denoiser, (self._picture, *key, mixes), each.branches[0].reuse)
         if not getattr(self.denoiser, "is_cache_enabled", False):
             return nullcontext()
         name = f"compose {key}"

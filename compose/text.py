@@ -61,17 +61,18 @@ class Texts:
             )
         return shares[0]
 
-    def swap(self, value: Any, mixes: Sequence[Mix]) -> Any:
-        """`value` (a tensor of rows, a list of them, or a dict of tensors) with row n as encoded under mixes[n]."""
+    def swap(self, value: Any, mixes: Sequence[Mix | None]) -> Any:
+        """`value` (a tensor of rows, a list of them, or a dict of tensors) with row n as encoded under mixes[n], or as
+        it is where that is None."""
         self._used = True
-        if not self._calls or all(mix.key() == self._base.key() for mix in mixes):
+        if not self._calls or all(mix is None or mix.key() == self._base.key() for mix in mixes):
             return value
         if isinstance(value, Mapping):
             return {key: self._in_dict(item, mixes) for key, item in value.items()}
-        rows = [self._row(value, n, mix) for n, mix in enumerate(mixes)]
+        rows = [value[n] if mix is None else self._row(value, n, mix) for n, mix in enumerate(mixes)]
         return torch.stack(rows) if isinstance(value, Tensor) else rows
 
-    def _in_dict(self, value: Any, mixes: Sequence[Mix]) -> Any:
+    def _in_dict(self, value: Any, mixes: Sequence[Mix | None]) -> Any:
         known = (
             isinstance(value, Tensor) and value.shape[0] == len(mixes) and self._find(value, 0) is not None
         )
