@@ -95,7 +95,6 @@ class Composition:
         self._budget, self._gates, self._cache = budget or Budget(), gates or {}, cache
         self._context, self._recompile, self.say = context or Context(), recompile, say
         self._pictures = pictures
-        self._sites = sites_of(pipe)
         self._adapters = list(adapters)
         self._set_policy(policy)
         self._asked = backend
@@ -112,18 +111,21 @@ class Composition:
             )
 
     def __enter__(self) -> Self:
-        refuse_loaded([self.denoiser, *self._text_encoders()])
-        check_adapters(self._adapters, self._sites)
-        self._check_patterns()
-        self.backend, self.text_backend = self._make_backends()
-        self._takeover = Takeover(self.pipe, self.denoiser)
-        self._takeover.own([self.denoiser, *self._text_encoders()])
+        self._takeover = Takeover(self.pipe, self.denoiser, [self.denoiser, *self._text_encoders()])
+        self.backend = self.text_backend = None
         try:
+            self._check()
             self._attach()
         except BaseException:
             self._restore()
             raise
         return self
+
+    def _check(self) -> None:
+        refuse_loaded([self.denoiser, *self._text_encoders()])
+        self._sites = sites_of(self.pipe)
+        check_adapters(self._adapters, self._sites)
+        self._check_patterns()
 
     def __exit__(self, *error: object) -> None:
         self._restore()
@@ -179,6 +181,7 @@ class Composition:
         return BACKENDS[name]
 
     def _attach(self) -> None:
+        self.backend, self.text_backend = self._make_backends()
         if not self.backend.in_weights:
             self._takeover.check_compiled(self._recompile, self.say)
         self.backend.attach(self._job((self.layout.denoiser,), self._budget, self.layout.mixed))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,29 +22,29 @@ _OWNER = "_compose_owner"
 
 
 class Takeover:
-    """What was replaced on one pipeline, and how to put it back."""
+    """What was replaced on one pipeline, and how to put it back.
 
-    def __init__(self, pipe: Any, denoiser: nn.Module) -> None:
-        self.pipe, self.denoiser = pipe, denoiser
+    `models` are claimed for this thread; refuses those that another composition holds.
+    """
+
+    def __init__(self, pipe: Any, denoiser: nn.Module, models: Sequence[nn.Module]) -> None:
+        self.denoiser, self.models = denoiser, models
         self._thread = threading.get_ident()
+        self._claim()  # first: only then is what follows the pipeline's own
         self._patched: list[tuple[Any, str]] = []
         self._class = type(denoiser)
         self._scheduler = pipe.scheduler
         self._scheduler_state = copy.deepcopy(pipe.scheduler.__dict__)
-        self._owned: list[nn.Module] = []
 
-    def own(self, modules: list[nn.Module]) -> None:
-        """Claim these modules for this thread; refuses those that another composition holds."""
+    def _claim(self) -> None:
         with _LOCK:
-            for module in modules:
-                if _OWNER in module.__dict__:
-                    raise BackendError(
-                        "this pipeline is composed already (or shares a model with one that is); leave that `with` "
-                        "first, or load a second pipeline for a second thread"
-                    )
-            for module in modules:
-                module.__dict__[_OWNER] = self
-                self._owned.append(module)
+            if any(_OWNER in model.__dict__ for model in self.models):
+                raise BackendError(
+                    "this pipeline is composed already (or shares a model with one that is); leave that `with` "
+                    "first, or load a second pipeline for a second thread"
+                )
+            for model in self.models:
+                model.__dict__[_OWNER] = self
 
     def check_thread(self) -> None:
         if threading.get_ident() != self._thread:
@@ -55,7 +55,7 @@ class Takeover:
 
     def check_compiled(self, recompile: bool, say: Callable[[str], None]) -> None:
         """Torch ignores hooks on what it has compiled, in silence: refuse that, or have all of it compiled anew."""
-        if not any(map(_compiled, self._owned)):
+        if not any(map(_compiled, self.models)):
             return
         if not recompile:
             raise BackendError(
@@ -86,16 +86,15 @@ class Takeover:
         object.__setattr__(self.denoiser, "__class__", type(kind.__name__, (kind,), members))
 
     def restore(self) -> None:
-        """Put back everything, the scheduler's state included; may be called at any point, and twice."""
+        """Put back everything, the scheduler's state included."""
         object.__setattr__(self.denoiser, "__class__", self._class)
         for target, name in self._patched:
             target.__dict__.pop(name, None)
         self._scheduler.__dict__.clear()
-        self._scheduler.__dict__.update(copy.deepcopy(self._scheduler_state))
+        self._scheduler.__dict__.update(self._scheduler_state)
         with _LOCK:
-            for module in self._owned:
-                module.__dict__.pop(_OWNER, None)
-        self._patched, self._owned = [], []
+            for model in self.models:
+                model.__dict__.pop(_OWNER, None)
 
 
 def _compiled(model: nn.Module) -> bool:
