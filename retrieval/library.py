@@ -240,7 +240,7 @@ class Library:
             except (AdapterError, LibraryError) as error:
                 if len(found) == 1:
                     raise
-                refused.append((str(item.path), str(error)))
+                refused.append((_shown(item.path), str(error)))
         named = {_identity(card, str(item.path)) for item, cards in loaded for card in cards}
         with self._known() as known:
             known.files |= {str(item.path): item.source for item, _ in loaded}
@@ -338,8 +338,12 @@ class Library:
 
     @contextmanager
     def _known(self) -> Iterator[_Known]:
-        """Read `known.json` under the lock and write it back if the caller changed it."""
+        """Read `known.json` under the lock and write it back if the caller changed it. The database comes first:
+        where it is missing beside a `known.json`, it was lost."""
         self._make(self.folder)
+        if not self._checked:
+            with self._connect(write=True):
+                pass
         path = self.folder / "known.json"
         with _clear_errors(path), self._lock:
             known = self._read_known(path)
@@ -491,7 +495,9 @@ def _walk(root: Path) -> Iterator[_Found]:
 def _found(path: Path, gathered: dict[str, list[Path]], source: str = "") -> _Found:
     beside = tuple(speaking(path, gathered))
     parts = [f"{p.name}:{s.st_size}:{s.st_mtime_ns}" for p in {path, *beside} if (s := _stat(p)) is not None]
-    return _Found(path, beside, hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:32], source)
+    return _Found(
+        path, beside, hashlib.sha256(os.fsencode("\n".join(sorted(parts)))).hexdigest()[:32], source
+    )
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -94,9 +94,11 @@ def select(
     """
     if k < 0:
         raise RequestError(f"k is the number of adapters, 0 or more; got {k}")
+    if not prompt.strip():
+        raise RequestError("the prompt is empty, so no adapter can be chosen; say what to draw")
     room = _room(roles)
     cards = [card for card in library.cards(family, licence) if weightless or card.path]
-    if not cards and prompt.strip():
+    if not cards:
         return []
     index = _ready(library, index, progress)
     scoring = scoring or load_scoring(index.clip.folder)
@@ -169,6 +171,8 @@ def load_scoring(folder: Path) -> Scoring:
         entry = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise LibraryError(f"'{file}' cannot be read: {error}; delete it to use the defaults") from error
+    if not isinstance(entry, dict):
+        raise LibraryError(f"'{file}' holds no table of settings; delete it to use the defaults")
     names = {field.name for field in fields(Scoring)}
     for key, value in entry.items():
         if key not in names:
@@ -215,8 +219,6 @@ def _ranked(
     prompt: str, cards: Sequence[Card], known: Sequence[Card], index: Index, scoring: Scoring
 ) -> list[_Evidence]:
     """The best evidence of every card that has any, best first."""
-    if not prompt.strip():
-        raise RequestError("the prompt is empty, so no adapter can be chosen; say what to draw")
     words, phrases = cut(prompt)
     left = _unspent(words, phrases, cards, known, index, scoring)
     spans = runs(words, left) + parts(words, left, scoring.part) + [whole(prompt, scoring.whole)]

@@ -135,7 +135,7 @@ def gather(files: Sequence[Path]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {"": [p for p in files if p.name in _SHARED]}
     for path in files:
         owner = next((stem for stem in _owners(path) if stem in stems), None)
-        if owner is not None:
+        if owner is not None and path.name.isprintable():
             found.setdefault(owner, []).append(path)
     return found
 
