@@ -46,7 +46,7 @@ class Clock:
         return Step(index=run.index(self._times[place]), count=len(run), sigma=self._sigmas[place])
 
     def _begin(self, timestep: Any) -> None:
-        self._times = [float(t) for t in self._scheduler.timesteps]
+        self._times = _numbers(self._scheduler.timesteps)
         self._sigmas = _sigmas(self._scheduler, self._times)
         begin = getattr(self._scheduler, "begin_index", None)
         if begin is None:
@@ -55,11 +55,16 @@ class Clock:
         self._start = begin
 
 
+def _numbers(values: Any) -> list[float]:
+    """A schedule (tensor on any device, array or list) as numbers, read in one transfer."""
+    return torch.as_tensor(values).flatten().float().tolist()
+
+
 def _sigmas(scheduler: Any, times: Sequence[float]) -> list[float]:
     """Noise level per timestep: the scheduler's own where it has them, else from its alphas, else t / T."""
     own = getattr(scheduler, "sigmas", None)
     if own is not None and len(own) >= len(times):
-        return [float(sigma) for sigma in own][: len(times)]
+        return _numbers(own)[: len(times)]
     kept = getattr(scheduler, "alphas_cumprod", None)
     if kept is None:
         return [time / float(scheduler.config.num_train_timesteps) for time in times]
