@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from compose.engine import composed
-from compose.errors import RequestError
+from compose.errors import BackendError, RequestError
 from compose.geometry import Tokens
 from compose.masks import cover, partition
 from compose.plan import REST, Area, Step, check_plan
@@ -197,6 +197,10 @@ def test_text_and_image_lie_in_each_familys_order():
     ]
     unet = tokens("sd15", 4, 6, 77)
     assert unet.share((6,), "a", "unet.mid_block.attentions.0.attn1.to_q").tolist() == [1, 0.5, 0, 1, 0.5, 0]
+    odd = tokens("sd15", 5, 6, 77)  # levels of 5 x 6, 3 x 3, 2 x 2
+    assert odd.share((9,), "a", "unet.mid_block.attentions.0.attn1.to_q").tolist() == [1, 0.5, 0] * 3
+    with pytest.raises(BackendError, match="7 tokens fit no level of a 5 x 6 latent"):
+        odd.share((7,), "a", "unet.mid_block.attentions.0.attn1.to_q")
     assert unet.share((), "a", "unet.time_embedding.linear_1").item() == 0
     assert unet.share((4,), "b", "unet.anything") is None
 
