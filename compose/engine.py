@@ -356,8 +356,11 @@ class Composition:
         """Per row whether it reads the prompt, rather than the negative prompt, in the order of the family."""
         if self.layout.guidance == "twice":
             return [ordinal == 0] * total
-        guided = getattr(self.pipe, "do_classifier_free_guidance", False) and total % 2 == 0
-        negatives = [False] * (total // 2) if guided and self.layout.guidance == "doubled" else []
+        doubled = (
+            self.layout.guidance == "doubled" and ordinal == 0
+        )  # a further call, of SD3, skips layers instead
+        guided = doubled and getattr(self.pipe, "do_classifier_free_guidance", False)
+        negatives = [False] * (total // 2) if guided else []
         return [*negatives, *[True] * (total - len(negatives))]
 
     def _passes(self, plans: Sequence[Sequence[Branch]], positive: Sequence[bool]) -> Iterator[Pass]:
