@@ -394,17 +394,20 @@ class Library:
             db.close()
 
     def _check(self) -> None:
-        """Bring the schema up to date; move a damaged database aside and rebuild it."""
-        fresh = not self.database.exists()
+        """Bring the schema up to date; rebuild a database that is damaged (it is moved aside) or was lost."""
         try:
-            _migrate(self.database)
+            if self.database.exists() and _version(self.database) == len(MIGRATIONS):
+                return
+            # One process at a time: SQLite does not wait where the journal mode is switched.
+            with _clear_errors(self.database), self._lock:
+                lost = not self.database.exists() and (self.folder / "known.json").exists()
+                _migrate(self.database)
+                if lost:
+                    self._refill()
         except sqlite3.Error as error:
             if not _is_damage(error):
                 raise _explain(self.database, error) from error
             self._recover()
-            return
-        if fresh and (self.folder / "known.json").exists():
-            self._refill()
 
     def _recover(self) -> None:
         with _clear_errors(self.folder), self._lock:
@@ -519,34 +522,39 @@ def _open(path: Path, write: bool) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, isolation_level=None)
 
 
-def _migrate(path: Path, steps: Sequence[str] = MIGRATIONS) -> None:
-    """Check the file and bring its schema to version `len(steps)`, each step in one transaction.
-
-    Raises sqlite3.Error for damage, LibraryError for a newer schema.
-    """
+def _version(path: Path) -> int:
+    """The schema's version. Raises sqlite3.Error for damage, LibraryError for a version newer than this program."""
     db = _open(path, write=False)
     try:
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(steps):
+        if version > len(MIGRATIONS):
             raise LibraryError(
-                f"'{path}' was written by a newer lora-compose (schema {version}, here {len(steps)}); update"
+                f"'{path}' was written by a newer lora-compose (schema {version}, here {len(MIGRATIONS)}); update"
             )
         if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed: malformed")
-        if version < len(steps):
-            db.execute("PRAGMA journal_mode = WAL")
-        while version < len(steps):
-            version = _step(db, steps)
+        return version
     finally:
         db.close()
 
 
-def _step(db: sqlite3.Connection, steps: Sequence[str]) -> int:
-    """Run the next step under the write lock (another process may have run it meanwhile); the version afterwards."""
+def _migrate(path: Path) -> None:
+    """Bring the schema to the newest version, each step in one transaction."""
+    db = _open(path, write=True)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        while _step(db) < len(MIGRATIONS):
+            pass
+    finally:
+        db.close()
+
+
+def _step(db: sqlite3.Connection) -> int:
+    """Run the next migration, if there is one; the version afterwards."""
     db.execute("BEGIN IMMEDIATE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version < len(steps):
-        for statement in filter(str.strip, steps[version].split(";")):
+    if version < len(MIGRATIONS):
+        for statement in filter(str.strip, MIGRATIONS[version].split(";")):
             db.execute(statement)
         version += 1
         db.execute(f"PRAGMA user_version = {version}")
@@ -556,10 +564,9 @@ def _step(db: sqlite3.Connection, steps: Sequence[str]) -> int:
 
 def _is_sound(path: Path) -> bool:
     try:
-        _migrate(path)
+        return path.exists() and _version(path) == len(MIGRATIONS)
     except sqlite3.Error:
         return False
-    return True
 
 
 def _is_damage(error: sqlite3.Error) -> bool:
