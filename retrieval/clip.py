@@ -74,8 +74,9 @@ class Clip:
     @functools.cached_property
     def sha256(self) -> str:
         """A hash over every file that the vectors depend on, in hex: vectors of another hash do not compare."""
-        digests = "".join(file_digest(path) for path in _files(self.folder, self._base))
-        return hashlib.sha256(digests.encode()).hexdigest()
+        vocabulary = sorted(path for path in (self._base / "tokenizer").iterdir() if path.is_file())
+        digests = (file_digest(path) for path in (*_files(self.folder, self._base), *vocabulary))
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     @property
     def width(self) -> int:
@@ -133,7 +134,7 @@ class Clip:
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
         """(3, side, side) float32 in [-1, 1]."""
-        side = self._config["model_cfg"]["vision_cfg"]["image_size"]
+        side = self._config["vision_cfg"]["image_size"]
         plain = on_white(image).resize((side, side), Image.Resampling.BICUBIC)
         return np.asarray(plain, np.float32).transpose(2, 0, 1) / 127.5 - 1.0
 
@@ -147,7 +148,7 @@ class Clip:
         import torch
 
         with torch.random.fork_rng(devices=[]):  # its random start must not move the caller's random state
-            model = open_clip.create_model(register(self.folder, self._base), load_weights=False)
+            model = open_clip.CLIP(**self._config)
         state = {
             key.removeprefix("visual."): t for key, t in self._weights.items() if key.startswith("visual.")
         }
@@ -167,9 +168,9 @@ def bundled() -> Clip:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The CLIP folder's config, `{"model_cfg": {embed_dim, vision_cfg, text_cfg}}`; a bare model config is wrapped."""
+    """open-clip's model config (embed_dim, vision_cfg, text_cfg) from the CLIP folder, bare or under "model_cfg"."""
     config = json.loads((folder / CONFIG).read_text("utf-8"))
-    return config if "model_cfg" in config else {"model_cfg": config}
+    return config.get("model_cfg", config)
 
 
 def register(folder: str | Path = CLIP, base: str | Path = BASE, name: str = MODEL_NAME) -> str:
@@ -179,7 +180,7 @@ def register(folder: str | Path = CLIP, base: str | Path = BASE, name: str = MOD
     """
     import open_clip
 
-    config = read_config(Path(folder))["model_cfg"]
+    config = read_config(Path(folder))
     config["text_cfg"]["hf_tokenizer_name"] = str(Path(base) / "tokenizer")
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, f"{name}.json")

@@ -34,20 +34,20 @@ KNOWN = "known"  # folder beside the CLIP: one file of cards per family, of what
 class Scoring:
     """How evidence counts; kept beside the CLIP that it was measured with.
 
-    A card is chosen from score `threshold` on, or `threshold_blind` where nothing tells what the base knows. A part of
+    A card is chosen from score `threshold` on, or `threshold_blind` where nothing tells what bases know. A part of
     a phrase counts `part` of its cosine, the whole prompt `whole`, a tag `tag`. Cosines of texts and previews lie on
     another scale than those of two texts: `preview_scale`, `preview_shift` map them. A text that n cards share loses
     `common` * ln(n). A phrase within cosine `known` of a thing the base knows is spent; otherwise it costs `contrast`
     for each point by which the known thing comes nearer than the card, less `margin`.
     """
 
-    threshold: float = 0.35
-    threshold_blind: float = 0.65
+    threshold: float = 0.45
+    threshold_blind: float = 0.75
     part: float = 0.6
     whole: float = 0.6
     tag: float = 0.9
-    preview_scale: float = 1.0
-    preview_shift: float = 0.0
+    preview_scale: float = 1.5
+    preview_shift: float = -0.5
     common: float = 0.02
     known: float = 0.85
     contrast: float = 1.0
@@ -189,8 +189,9 @@ def save_scoring(scoring: Scoring, folder: Path) -> Path:
 
 
 def known_cards(folder: Path, family: str | None = None) -> list[Card]:
-    """What bases draw by themselves, as cards, from the CLIP's folder: of one family, or (None) of all."""
-    files = sorted((folder / KNOWN).glob("*.json" if family is None else f"{family}.json"))
+    """What the base of `family` draws by itself, as cards, from the CLIP's folder. Of a family without a file it is
+    taken that it draws at least what the others do."""
+    files = list((folder / KNOWN).glob(f"{family}.json")) or sorted((folder / KNOWN).glob("*.json"))
     return [card for file in files for card in _known(file, file.stat().st_mtime_ns)]
 
 
