@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from compose.assets import ADAPTERS, BASE, CLIP
-
 from compose.digest import CACHE
 from compose.errors import ComposeError
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.app.bars import Bars, quiet_libraries
-
 from compose.arrange import check_policy
 from compose.bases import BUNDLED
 from compose.errors import RequestError

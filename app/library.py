@@ -15,11 +15,10 @@ from compose.bases import BUNDLED
 from compose.errors import AdapterError, ComposeError, RequestError
 
 if TYPE_CHECKING:
+    from compose.formats import Report as Fit
     from compose.retrieval.card import Card
     from compose.retrieval.library import Library, Report
     from compose.retrieval.select import Choice
-
-    from compose.formats import Report as Fit
 
 WIDTH = 100  # characters of a table
 

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from compose.app import adapter_files as files
-
 from compose.errors import RequestError
 from compose.prompt import Pick, parse_pick
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import PIL.Image
 import PIL.ImageChops
+
 from compose.app.bars import Bars, quiet_libraries
 from compose.app.generate import open_library, report
-
 from compose.record import as_folder, check_writable, read_png
 
 

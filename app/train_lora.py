@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compose.app.bars import quiet_libraries
+from compose.bases import BUNDLED
+from compose.errors import TrainingError
 from compose.retrieval.card import ROLES
 from compose.training.pictures import TEMPLATE, Picture, read_folder
 
-from compose.bases import BUNDLED
-from compose.errors import TrainingError
-
 if TYPE_CHECKING:
     import torch
-    from compose.training.lora import BaseFacts, LoraSettings, Watch
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
     from compose.loading import Source
+    from compose.training.lora import BaseFacts, LoraSettings, Watch
 
 # Settings by the name of their option: those that are not given stay with the base's own defaults.
 _NUMBERS = {
@@ -102,9 +101,8 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.validate_prompt) != bool(args.validate_every):
         raise TrainingError("--validate-prompt and --validate-every go together; give both or neither")
 
-    from compose.training.lora import settings_for
-
     from compose.loading import find
+    from compose.training.lora import settings_for
 
     base = find(args.base, args.base_config)
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
@@ -180,9 +178,8 @@ def _open(base: Source, precision: str) -> DiffusionPipeline:
 
 
 def _facts(name: str, base: Source) -> BaseFacts:
-    from compose.training.lora import BaseFacts
-
     from compose.digest import file_digest, folder_digest
+    from compose.training.lora import BaseFacts
 
     digest = folder_digest(base.path) if base.path.is_dir() else file_digest(base.path)
     return BaseFacts(name=Path(name).name if Path(name).exists() else name, sha256=digest)

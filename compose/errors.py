@@ -40,4 +40,8 @@ def unknown(kind: str, given: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
-    return f"{kind} '{given}' is unknown{hint} Choose from {shown}" if hint else f"{kind} '{given}' is unknown; choose from {shown}"
+    return (
+        f"{kind} '{given}' is unknown{hint} Choose from {shown}"
+        if hint
+        else f"{kind} '{given}' is unknown; choose from {shown}"
+    )

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from compose.assets import BASE, CLIP
 from PIL import Image
 
+from compose.assets import BASE, CLIP
 from compose.digest import file_digest
 from compose.errors import BaseModelError
 

@@ -23,12 +23,12 @@ from typing import Protocol
 
 import faiss
 import numpy as np
-from compose.retrieval.card import Card, Text, texts
-from compose.retrieval.clip import bundled
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from compose.digest import write_atomic
+from compose.retrieval.card import Card, Text, texts
+from compose.retrieval.clip import bundled
 
 PREVIEW = "preview"
 _SAMPLE = 4096  # bytes of a picture's head and tail that identify it, beside its size

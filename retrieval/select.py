@@ -16,15 +16,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
+from compose.digest import write_atomic
+from compose.errors import LibraryError, RequestError, unknown
 from compose.retrieval.card import ROLES, Card, Text, to_dict
 from compose.retrieval.index import PREVIEW, Hit, Index, shares
 from compose.retrieval.library import Library
 from compose.retrieval.phrases import Span, cut, parts, runs, whole
 from compose.retrieval.sidecars import read_card_file
-from PIL import Image
-
-from compose.digest import write_atomic
-from compose.errors import LibraryError, RequestError, unknown
 
 SETTINGS = "retrieval.json"  # beside the CLIP: a Scoring
 KNOWN = "known"  # folder beside the CLIP: one file of cards per family, of what the base draws by itself

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from compose.errors import AdapterError, LibraryError
 from compose.retrieval.card import ROLES, UNKNOWN, Card, from_dict
 from compose.retrieval.header import Header, file_sha256, read_header
 from compose.retrieval.licences import civitai_licence, licence_id
-
-from compose.errors import AdapterError, LibraryError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _TEXTS = (".civitai.info", ".metadata.json", ".json", ".txt")

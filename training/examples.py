@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compose.training.objectives import Batch, Text, objective_of
-from compose.training.pictures import Picture, square
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from compose.bases import Kind
 from compose.errors import TrainingError
+from compose.training.objectives import Batch, Text, objective_of
+from compose.training.pictures import Picture, square
 
 _TOGETHER = 8  # pictures or captions encoded at once
 

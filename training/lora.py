@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from compose.training.examples import text_encoders
-from compose.training.objectives import Batch, Loss, Objective, objective_of
 from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig, inject_adapter_in_model
@@ -38,6 +36,8 @@ from compose.bases import BUNDLED, Kind
 from compose.digest import write_atomic
 from compose.errors import TrainingError, unknown
 from compose.sites import matching
+from compose.training.examples import text_encoders
+from compose.training.objectives import Batch, Loss, Objective, objective_of
 
 Source = Callable[[torch.Generator], Batch]  # draws a batch with the step's own generator (on the CPU)
 Watch = Callable[[int, float], None]  # told after every step: steps done, smoothed loss

@@ -9,12 +9,12 @@ from typing import Any
 
 import PIL.Image
 import torch
-from compose.training.examples import checked_side, encode_text, lent
-from compose.training.objectives import Text, objective_of
 from diffusers import DiffusionPipeline
 
 from compose.bases import call_args
 from compose.request import Request
+from compose.training.examples import checked_side, encode_text, lent
+from compose.training.objectives import Text, objective_of
 
 
 def draw(

@@ -22,9 +22,29 @@ def corpus(phrases: Iterable[str], seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     concepts = list(load_concepts().values())
     names = [name for c in concepts for name in (*c.names, *c.loose, *c.tags)]
-    shapes = [t.format(a="x", b="y", where="on the right") if "{a}" in t or "{b}" in t else t.format("it") for t in (*captions.EDIT_STYLE, *captions.EDIT_GROUND, *captions.EDIT_SWAP, *captions.EDIT_ADD, *captions.EDIT_REMOVE, *captions.EDIT_KEEP)]
-    phrases_of = [f"{lead}{rng.choice(names)} {rng.choice(captions.STYLED).format(s)} {g}" for s in (p for style in STYLES for p in style.phrases) for lead in captions.LEADS for g in captions.GROUND]
-    grounds = [captions.ground_words(captions.Ground(top=a, bottom=b), rng) for a in COLOR_NAMES for b in COLOR_NAMES for _ in range(8)] + list(PATTERNS) * 20
+    shapes = [
+        t.format(a="x", b="y", where="on the right") if "{a}" in t or "{b}" in t else t.format("it")
+        for t in (
+            *captions.EDIT_STYLE,
+            *captions.EDIT_GROUND,
+            *captions.EDIT_SWAP,
+            *captions.EDIT_ADD,
+            *captions.EDIT_REMOVE,
+            *captions.EDIT_KEEP,
+        )
+    ]
+    phrases_of = [
+        f"{lead}{rng.choice(names)} {rng.choice(captions.STYLED).format(s)} {g}"
+        for s in (p for style in STYLES for p in style.phrases)
+        for lead in captions.LEADS
+        for g in captions.GROUND
+    ]
+    grounds = [
+        captions.ground_words(captions.Ground(top=a, bottom=b), rng)
+        for a in COLOR_NAMES
+        for b in COLOR_NAMES
+        for _ in range(8)
+    ] + list(PATTERNS) * 20
     return [*names * 60, *shapes * 20, *phrases_of, *grounds, *phrases]
 
 
@@ -35,7 +55,9 @@ def train(phrases: Iterable[str], size: int = 4096) -> tuple[dict[str, int], lis
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = shell.normalizer, shell.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     tokenizer.train_from_iterator(corpus(phrases), trainer)
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in _merges(tokenizer)]
     pieces = dict.fromkeys([*alphabet, *(byte + "</w>" for byte in alphabet)])
@@ -62,10 +84,20 @@ def clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) ->
 def t5_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
     """The same pieces with T5's frame: text, eos, padding; lower-casing survives a reload."""
     shell = CLIPTokenizer()._tokenizer
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=EOS, end_of_word_suffix="</w>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = shell.normalizer, shell.pre_tokenizer, decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, vocabulary[EOS])])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=EOS, model_max_length=T5_LENGTH)
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token=EOS, end_of_word_suffix="</w>")
+    )
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = (
+        shell.normalizer,
+        shell.pre_tokenizer,
+        decoders.ByteLevel(),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, vocabulary[EOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=EOS, model_max_length=T5_LENGTH
+    )
 
 
 def build(phrases: Iterable[str], folder: Path, size: int = 4096) -> None:

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from compose.app.cli import COMMANDS, main
 
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from compose.app.cli import main
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from compose.app.cli import main
 from compose.formats import dense, load, shape_of
 
 QKV, PROJ = "lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_double_blocks_0_img_attn_proj"

@@ -2,11 +2,11 @@
 
 import json
 
-import compose.app.doctor as doctor
 import pytest
 import tiny
-from compose.app.cli import main
 
+import compose.app.doctor as doctor
+from compose.app.cli import main
 from compose.formats import save
 
 

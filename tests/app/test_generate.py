@@ -11,10 +11,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import tiny
-from compose.app.cli import main
-from compose.app.generate import parse_blocks, parse_loras, parse_policy, parse_size
 
 import compose.digest as digest
+from compose.app.cli import main
+from compose.app.generate import parse_blocks, parse_loras, parse_policy, parse_size
 from compose.errors import RequestError
 from compose.formats import save
 from compose.prompt import Pick

@@ -4,16 +4,16 @@ import json
 import subprocess
 import sys
 
-import compose.app.library as command
-import compose.assets
 import pytest
 import tiny
 import torch
-from compose.app.cli import main
-from compose.retrieval import index
 from safetensors.torch import save_file
 from small_library import KEY, WordEncoder, ours, picture, write_adapter
 
+import compose.app.library as command
+import compose.assets
+from compose.app.cli import main
+from compose.retrieval import index
 from compose.sites import sites_of
 
 

@@ -7,12 +7,12 @@ import re
 
 import pytest
 import torch
-from compose.app.cli import main
-from compose.retrieval.library import Library
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from compose.app.cli import main
 from compose.formats import dense, load
+from compose.retrieval.library import Library
 
 SITES = (
     "transformer.single_transformer_blocks.0.attn.to_q",

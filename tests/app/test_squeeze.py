@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from compose.app.cli import main
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from compose.adapter import LowRank
+from compose.app.cli import main
 from compose.formats import dense, load
 
 SITE = "unet.mid_block.attentions.0.proj_in"

@@ -7,9 +7,10 @@ import sys
 import PIL.Image
 import pytest
 import tiny
+from safetensors import safe_open
+
 from compose.app.cli import build_parser, main
 from compose.app.train import TRAINERS
-from safetensors import safe_open
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from diffusers import FluxPipeline, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import PIPELINES, random_adapter
 
 from compose.adapter import Adapter, Dense, LowRank, Sparse
 from compose.errors import AdapterError
 from compose.formats import canonical, dense, load, report, save, shape_of
 from compose.sites import sites_of
-from tests.tiny import PIPELINES, random_adapter
 
 
 @pytest.fixture(scope="module")

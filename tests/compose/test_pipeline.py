@@ -7,12 +7,12 @@ import PIL.Image
 import pytest
 import tiny
 import torch
-from compose.retrieval.library import Library
 
 import compose.digest as digest
 from compose import ComposePipeline, Request
 from compose.errors import BaseModelError, ComposeError, RequestError
 from compose.record import Record
+from compose.retrieval.library import Library
 
 FAMILIES = list(tiny.PIPELINES)
 SMALL = {"width": 32, "height": 32, "steps": 2, "seed": 5}

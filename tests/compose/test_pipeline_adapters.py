@@ -9,9 +9,6 @@ import PIL.Image
 import pytest
 import tiny
 import torch
-from compose.retrieval import select as selecting
-from compose.retrieval.library import Library
-from compose.retrieval.select import Choice
 from safetensors.torch import load_file, save_file
 
 import compose.digest as digest
@@ -22,6 +19,9 @@ from compose.errors import ComposeError
 from compose.formats import load, save
 from compose.policies import Merge
 from compose.record import read_png
+from compose.retrieval import select as selecting
+from compose.retrieval.library import Library
+from compose.retrieval.select import Choice
 
 SMALL = {"width": 32, "height": 32, "steps": 3, "seed": 5}
 

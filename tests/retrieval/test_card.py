@@ -1,9 +1,9 @@
 """Cards: what they hold, what they refuse, and which of their texts are embedded."""
 
 import pytest
-from compose.retrieval.card import Card, from_dict, readable, texts, to_dict
 
 from compose.errors import LibraryError
+from compose.retrieval.card import Card, from_dict, readable, texts, to_dict
 
 
 def test_a_card_survives_json():

@@ -9,12 +9,12 @@ import open_clip
 import pytest
 import tiny
 import torch
-from compose.retrieval.clip import Clip, from_open_clip, on_white, register, to_open_clip
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from compose.errors import BaseModelError
+from compose.retrieval.clip import Clip, from_open_clip, on_white, register, to_open_clip
 
 TEXTS = ["a dog", "a red cat in the style of a photo", "Ünïcode 漢字", ""]
 WIDTH, SIDE = 16, 24

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from compose.retrieval.header import file_sha256, read_header
 from small_library import KEY, write_adapter
 
 from compose.errors import AdapterError
+from compose.retrieval.header import file_sha256, read_header
 
 
 def crafted(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:

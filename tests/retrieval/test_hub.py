@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from compose.retrieval.hub import is_hub_id
-from compose.retrieval.library import Library
 from small_library import ours, write_adapter
 
 from compose.errors import LibraryError
+from compose.retrieval.hub import is_hub_id
+from compose.retrieval.library import Library
 
 
 @pytest.fixture

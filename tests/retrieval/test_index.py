@@ -4,9 +4,10 @@ import logging
 
 import numpy as np
 import pytest
+from small_library import WordEncoder, picture
+
 from compose.retrieval.card import Card
 from compose.retrieval.index import Index, seed_name, write_seed
-from small_library import WordEncoder, picture
 
 
 @pytest.fixture

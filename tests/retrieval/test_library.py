@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from compose.retrieval import library as module
-from compose.retrieval.card import Card
-from compose.retrieval.library import MIGRATIONS, STARTER, Library
 from small_library import ours, picture, write_adapter
 
 from compose.errors import AdapterError, LibraryError
+from compose.retrieval import library as module
+from compose.retrieval.card import Card
+from compose.retrieval.library import MIGRATIONS, STARTER, Library
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """What a licence permits, and that silence permits nothing."""
 
 import pytest
-from compose.retrieval.licences import civitai_licence, licence_id, permits
 
 from compose.errors import LibraryError
+from compose.retrieval.licences import civitai_licence, licence_id, permits
 
 
 @pytest.mark.parametrize(

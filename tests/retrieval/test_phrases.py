@@ -1,6 +1,7 @@
 """Prompts are cut into phrases between small words."""
 
 import pytest
+
 from compose.retrieval.phrases import cut, parts, runs, whole
 
 

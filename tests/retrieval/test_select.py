@@ -4,6 +4,10 @@ import dataclasses
 import json
 
 import pytest
+from PIL import Image
+from small_library import COLOURS, WordEncoder, picture
+
+from compose.errors import ComposeError, LibraryError, RequestError
 from compose.retrieval.card import Card
 from compose.retrieval.index import Index
 from compose.retrieval.library import Library
@@ -18,10 +22,6 @@ from compose.retrieval.select import (
     search,
     select,
 )
-from PIL import Image
-from small_library import COLOURS, WordEncoder, picture
-
-from compose.errors import ComposeError, LibraryError, RequestError
 
 CARDS = [
     Card(

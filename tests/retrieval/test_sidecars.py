@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from compose.retrieval.sidecars import family_of_name, gather, plain_text, read_card, read_card_file, speaking
 from small_library import ours, picture, write_adapter
 
 from compose.errors import AdapterError, LibraryError
+from compose.retrieval.sidecars import family_of_name, gather, plain_text, read_card, read_card_file, speaking
 
 
 def test_our_own_header(tmp_path):

@@ -10,6 +10,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
+
+from compose.bases import call_args
+from compose.errors import RequestError, TrainingError
+from compose.formats import load
+from compose.request import Request
 from compose.training.examples import encode
 from compose.training.lora import BaseFacts, LoraSettings, checkpoint_of, learning_rate, step_generator, train
 from compose.training.objectives import (
@@ -23,12 +29,6 @@ from compose.training.objectives import (
 )
 from compose.training.pictures import Picture
 from compose.training.preview import draw
-from safetensors import safe_open
-
-from compose.bases import call_args
-from compose.errors import RequestError, TrainingError
-from compose.formats import load
-from compose.request import Request
 
 FAMILIES = ["flux", "kontext", "sd3", "sdxl", "sd15"]
 QUICK = {"trigger": "sks", "steps": 6, "batch": 2, "lr": 1e-2, "dtype": "float32"}

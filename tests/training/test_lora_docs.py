@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import tiny
+
 from compose.app.cli import build_parser
 from compose.app.train_lora import add_arguments
 

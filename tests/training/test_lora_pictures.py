@@ -6,9 +6,9 @@ import struct
 import numpy as np
 import PIL.Image
 import pytest
-from compose.training.pictures import Picture, read_folder, square
 
 from compose.errors import TrainingError
+from compose.training.pictures import Picture, read_folder, square
 
 RED = (200, 30, 30)
 
