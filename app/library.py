@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compose.retrieval.select import Choice
 
 WIDTH = 100  # characters of a table
+MOST_LINES = 50  # cards that are named after an add or a scan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -215,9 +216,11 @@ def bundled_sites() -> Mapping[str, tuple[int, ...]] | None:
 
 def _print_report(report: Report, fits: Mapping[str, Fit]) -> None:
     for word, cards in (("added", report.added), ("read again", report.changed)):
-        for card in cards:
+        for card in cards[:MOST_LINES]:
             fit = f": {fits[card.name]}" if card.name in fits else ""
             print(f"{word} {card.name} ({card.family}, {card.role}){fit}")
+        if len(cards) > MOST_LINES:
+            print(f"{word} {len(cards) - MOST_LINES} more (compose library list shows all)")
     for path, reason in report.refused:
         print(f"refused {path}: {reason}", file=sys.stderr)
     print(

@@ -135,6 +135,14 @@ def test_scan_list_and_filters(run, folder):
     assert [card["name"] for card in json.loads(run("list", "--json", "--role", "style")[1])] == ["ink"]
 
 
+def test_a_large_scan_names_only_some(run, tmp_path):
+    for seed in range(60):
+        write_adapter(tmp_path / "many" / f"a{seed}.safetensors", ours("x"), seed=seed)
+    lines = run("scan", tmp_path / "many")[1].splitlines()
+    assert len(lines) == 52
+    assert lines[50].startswith("added 10 more")
+
+
 def test_tables_fit_a_hundred_columns(run, tmp_path):
     cards = [
         {"name": "n" * 300, "triggers": ["t" * 300], "licence": "l" * 80, "description": "d \x1b[31m" * 90}
