@@ -34,6 +34,7 @@ from compose.errors import AdapterError, RequestError
 from compose.formats import load, resolve
 from compose.pictures import Picture, as_uri, read_all, sized
 from compose.plan import Context, Policy
+from compose.preview import Look, Sketcher, Watch, blank, unwatched
 from compose.prompt import Pick, weave
 from compose.record import Applied, Record, Result
 from compose.request import Request
@@ -160,12 +161,14 @@ class ComposePipeline:
         library: Library | None = None,
         progress: Progress = silent,
         keep: Keep = forget,
+        watch: Watch = unwatched,
         **fields: Any,
     ) -> Result:
         """Draw: `pipe("a red apple", loras=["watercolor:0.8"], seed=1)`, or `pipe(request)`.
 
         `fields` are those of `Request`; `image` and `mask` may be PIL pictures. `library` is the user's own where left
-        out. `keep` gets every picture as soon as it is drawn, so that a long run can be stopped. Raises ComposeError, in one line, before anything is drawn.
+        out. `keep` gets every picture as soon as it is drawn; `watch` looks on before the first and after every step,
+        and stops the run by raising. Raises ComposeError, in one line, before anything is drawn.
         """
         if isinstance(prompt, Request) and fields:
             raise RequestError(f"give a Request or fields, not both; got a Request and {', '.join(fields)}")
@@ -174,9 +177,17 @@ class ComposePipeline:
             raise RequestError(f"this pipeline holds base '{self.name}', the request wants '{request.base}'")
         with self._lock:
             order = self._prepare(request, library, progress)
-            return self._draw(order, range(order.request.count), progress, keep)
+            return self._draw(order, range(order.request.count), progress, keep, watch)
 
-    def redo(self, record: Record, *, library: Library | None = None, progress: Progress = silent) -> Result:
+    def redo(
+        self,
+        record: Record,
+        *,
+        library: Library | None = None,
+        progress: Progress = silent,
+        keep: Keep = forget,
+        watch: Watch = unwatched,
+    ) -> Result:
         """Draw one picture again from its record: the same pixels on the same machine.
 
         Raises RequestError when base, adapters or pictures are no longer the ones recorded.
@@ -195,7 +206,7 @@ class ComposePipeline:
                     )
             adapters = tuple(self._again(item, library) for item in record.adapters)
             order = self._order(record, adapters, pictures)
-            return self._draw(order, [record.index], progress)
+            return self._draw(order, [record.index], progress, keep, watch)
 
     def _request(self, prompt: str, fields: Mapping[str, Any]) -> Request:
         given = {"prompt": prompt, "base": self.name, **fields}
@@ -335,20 +346,23 @@ class ComposePipeline:
 
     # Drawing
 
-    def _draw(self, order: Order, indices: Sequence[int], progress: Progress, keep: Keep = forget) -> Result:
+    def _draw(
+        self, order: Order, indices: Sequence[int], progress: Progress, keep: Keep, watch: Watch
+    ) -> Result:
         """Pictures `indices` of the order. Those that were drawn together are drawn together again, so that one
         picture of a batch comes out as it did."""
         begun = time.perf_counter()
         pipe = self._view(order.mode)
         size = order.request.batch
         groups = sorted({index // size for index in indices})
-        steps = _Steps(progress, len(groups))
         drawn: list[Result] = []
         with (
             loading.threads(order.record.place.get("threads")),
             self._composition(pipe, order) as composition,
         ):
             record = dataclasses.replace(order.record, backend=_backend_name(composition))
+            policy = composition.policies[0] if composition else None
+            steps = _Steps(progress, watch, len(groups), record, policy, offloaded=self.offload != "none")
             for group in groups:
                 members = range(group * size, min((group + 1) * size, order.request.count))
                 images = self._call(pipe, order, members, steps)
@@ -425,17 +439,43 @@ class Use:
 
 
 class _Steps:
-    """The step callback of a diffusers call, as progress over all groups of pictures."""
+    """The step callback of a diffusers call, as progress over all groups of pictures, and as looks for who watches."""
 
-    def __init__(self, progress: Progress, groups: int) -> None:
-        self.progress, self.groups, self.done = progress, groups, 0
+    def __init__(
+        self,
+        progress: Progress,
+        watch: Watch,
+        groups: int,
+        record: Record,
+        policy: Policy | None,
+        offloaded: bool,
+    ) -> None:
+        self.progress, self.watch, self.groups, self.done = progress, watch, groups, 0
+        self.record, self.policy, self.offloaded = record, policy, offloaded
+        self.sketcher = Sketcher(record.request.width or 0, record.request.height or 0)
+        count = record.request.steps or 1
+        watch(self._look(count, blank))
 
     def __call__(
         self, pipe: DiffusionPipeline, step: int, timestep: int, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         self.done += 1
         self.progress("denoising", self.done, self.groups * pipe.num_timesteps)
+        if self.watch is not unwatched:
+            self.sketcher.see(pipe, timestep, kwargs.get("latents"))
+            sketch = blank if self.offloaded else functools.partial(self.sketcher.draw, pipe)
+            self.watch(self._look(pipe.num_timesteps, sketch))
         return kwargs
+
+    def _look(self, steps: int, sketch: Callable[[], list[PIL.Image.Image]]) -> Look:
+        return Look(
+            record=self.record,
+            policy=self.policy,
+            steps=steps,
+            done=self.done,
+            total=self.groups * steps,
+            sketch=sketch,
+        )
 
 
 def _backend_name(composition: Composition | None) -> str:
