@@ -74,13 +74,14 @@ def _remembered(kind: str, path: Path) -> str:
         known = _read_cache().get(key)
     if known is not None and known[:2] == stamp:
         return known[2]
-    digest = _hash(path, skip=_header_bytes(path) if kind == "weights" else 0)
+    digest = hash_file(path, skip=_header_bytes(path) if kind == "weights" else 0)
     with _lock:
         _write_cache(_read_cache() | {key: [*stamp, digest]})
     return digest
 
 
-def _hash(path: Path, skip: int) -> str:
+def hash_file(path: Path, skip: int = 0) -> str:
+    """SHA-256 of what `path` holds now, in hex, without its first `skip` bytes; nothing is remembered."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(skip)

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from compose.assets import ADAPTERS
 from compose.digest import write_atomic
 from compose.errors import AdapterError, LibraryError, unknown
+from compose.header import PICKLES, refuse_pickle
 from compose.retrieval.card import Card, from_dict, to_dict
-from compose.retrieval.header import PICKLES, refuse_pickle
 from compose.retrieval.hub import download, is_hub_id
 from compose.retrieval.licences import permits
 from compose.retrieval.sidecars import gather, listed, read_card, read_card_file, speaking

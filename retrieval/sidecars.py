@@ -17,9 +17,10 @@ from typing import Any
 
 import yaml
 
+from compose.digest import hash_file
 from compose.errors import AdapterError, LibraryError
+from compose.header import Header, read_header
 from compose.retrieval.card import ROLES, UNKNOWN, Card, from_dict
-from compose.retrieval.header import Header, file_sha256, read_header
 from compose.retrieval.licences import civitai_licence, licence_id
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -56,9 +57,7 @@ _ROLE_WORDS = (
 Facts = dict[str, Any]
 
 
-def read_card(
-    path: Path, source: str = "", beside: Sequence[Path] | None = None, sha256: str | None = None
-) -> Card:
+def read_card(path: Path, source: str = "", beside: Sequence[Path] | None = None) -> Card:
     """The card of an adapter file. `beside` are the files that speak about it (found here when not given).
 
     Raises AdapterError: pickle, damaged file, or a safetensors file that holds no adapter.
@@ -81,12 +80,19 @@ def read_card(
         description=facts.get("description", ""),
         tags=tuple(facts.get("tags", ())),
         licence=facts.get("licence") or UNKNOWN,
-        sha256=sha256 or file_sha256(path),
+        sha256=_digest(path),
         size=header.size,
         previews=tuple(str(p) for p in _previews(beside)),
         source=source or str(path.parent),
         metadata=_kept(header.metadata) | facts.get("metadata", {}),
     )
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hash_file(path)
+    except OSError as error:
+        raise AdapterError(f"cannot read '{path}': {error.strerror or error}") from error
 
 
 def _name(path: Path, source: str) -> str:

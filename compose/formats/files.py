@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,21 +12,15 @@ from torch import Tensor
 
 from compose.digest import write_atomic
 from compose.errors import AdapterError
+from compose.header import read_header, refuse_pickle
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 FOLDER_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-MAX_HEADER = (
-    32 * 2**20
-)  # bytes; the largest header seen in the wild (tag counts of a big data set) is about 4 MiB
 
 
 def resolve(path: str | Path) -> Path:
     """The safetensors file that `path` names: itself, or the one adapter file of a diffusers or peft folder."""
     path = Path(path).expanduser()
-    if path.suffix.lower() in PICKLES:
-        raise AdapterError(
-            f"{path} is a pickle file, which can run code; it was not opened. Convert it to .safetensors"
-        )
+    refuse_pickle(path)
     if path.is_dir():
         return _inside(path)
     if not path.is_file():
@@ -45,39 +38,9 @@ def _inside(folder: Path) -> Path:
     return found[0]
 
 
-def read_header(path: Path) -> dict:
-    """The checked JSON header of `path`; raises AdapterError where it cannot be one. Reads no tensor."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 10 or not 2 <= length <= min(size - 8, MAX_HEADER):
-                raise AdapterError(_bad_length(path, length, size))
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is damaged: its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise AdapterError(f"{path} is damaged: its header is not a JSON object")
-    return header
-
-
-def _bad_length(path: Path, length: int, size: int) -> str:
-    return (
-        f"{path} is not a whole safetensors file: its header claims {length:,} bytes, "
-        f"the file has {size:,} and at most {MAX_HEADER:,} are accepted; fetch it again"
-    )
-
-
 def read_metadata(path: Path) -> dict[str, str]:
-    """The header's own strings (`__metadata__`)."""
-    metadata = read_header(path).get("__metadata__") or {}
-    if not isinstance(metadata, dict):
-        raise AdapterError(f"{path} is damaged: its metadata is not a JSON object")
-    return {
-        str(key): value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()
-    }
+    """The header's own strings (`__metadata__`), once the whole header is checked."""
+    return dict(read_header(path).metadata)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

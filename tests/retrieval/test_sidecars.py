@@ -7,6 +7,7 @@ import pytest
 from small_library import ours, picture, write_adapter
 
 from compose.errors import AdapterError, LibraryError
+from compose.retrieval import sidecars
 from compose.retrieval.sidecars import family_of_name, gather, plain_text, read_card, read_card_file, speaking
 
 
@@ -209,3 +210,10 @@ def test_cards_without_weights(tmp_path):
 
 def test_html_becomes_text():
     assert plain_text("<p>One</p><ul><li>two</li></ul><br/>three &lt;3") == "One. two. three <3"
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = write_adapter(tmp_path / "ink.safetensors", ours("ink"))
+    monkeypatch.setattr(sidecars, "hash_file", lambda path: path.unlink() or path.read_bytes())
+    with pytest.raises(AdapterError, match=r"cannot read .*No such file"):
+        read_card(path)

@@ -7,7 +7,7 @@ import pytest
 from small_library import KEY, write_adapter
 
 from compose.errors import AdapterError
-from compose.retrieval.header import file_sha256, read_header
+from compose.header import read_header
 
 
 def crafted(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
@@ -38,11 +38,11 @@ def test_pickles_are_refused_unopened(tmp_path, ending):
     ("header", "data", "length", "fault"),
     [
         ({}, b"", 8 * 2**30, "header claims"),
-        (b"{not json", b"", None, "corrupt"),
+        (b"{not json", b"", None, "damaged"),
         ([1], b"", None, "no table"),
         ({"__metadata__": 3}, b"", None, "metadata"),
         ({"a": tensor([2, 2], 0, 16)}, b"\0" * 8, None, "truncated"),
-        ({"a": tensor([2, 2], 0, 16)}, b"\0" * 20, None, "corrupt"),
+        ({"a": tensor([2, 2], 0, 16)}, b"\0" * 20, None, "damaged"),
         ({"a": tensor([1 << 40], 0, 16)}, b"\0" * 16, None, "does not fill"),
         ({"a": tensor([-2, -2], 0, 16)}, b"\0" * 16, None, "does not fill"),
         ({"a": tensor([4], 0, 16, "PICKLE")}, b"\0" * 16, None, "cannot be read"),
@@ -61,5 +61,3 @@ def test_empty_and_missing_files(tmp_path):
         read_header(tmp_path / "empty.safetensors")
     with pytest.raises(AdapterError, match="cannot read"):
         read_header(tmp_path / "missing.safetensors")
-    with pytest.raises(AdapterError, match="cannot read"):
-        file_sha256(tmp_path)

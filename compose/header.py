@@ -6,7 +6,6 @@ that contradicts the file's size is refused here, so nothing later allocates wha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from compose.errors import AdapterError
 
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"})
-_MOST_HEADER = 100_000_000  # bytes; the format's own limit
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -47,7 +46,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of `path`. Raises AdapterError: pickle, unreadable, corrupt or truncated."""
+    """Read and check the header of `path`. Raises AdapterError: pickle, unreadable, damaged or truncated."""
     refuse_pickle(path)
     try:
         size = path.stat().st_size
@@ -57,20 +56,26 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise AdapterError(f"cannot read '{path}': {error.strerror or error}") from error
     entries = _entries(path, text)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
-        raise AdapterError(f"'{path}' is corrupt: its metadata is no table of strings")
+        raise AdapterError(f"'{path}' is damaged: its metadata is no table of strings")
     shapes = _shapes(path, entries, size - 8 - length)
-    return Header(shapes=shapes, metadata={str(k): str(v) for k, v in metadata.items()}, size=size)
+    return Header(shapes=shapes, metadata={key: _string(value) for key, value in metadata.items()}, size=size)
+
+
+def _string(value: Any) -> str:
+    """The format knows strings only, but some writers put JSON there."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _length(path: Path, first: bytes, size: int) -> int:
     length = int.from_bytes(first, "little")
     if len(first) < 8 or size == 0:
-        raise AdapterError(f"'{path}' is no safetensors file: it holds {size} bytes")
-    if length > min(_MOST_HEADER, size - 8):
+        raise AdapterError(f"'{path}' is not a whole safetensors file: it holds {size} bytes; fetch it again")
+    if length > min(MAX_HEADER, size - 8):
         raise AdapterError(
-            f"'{path}' is corrupt or no safetensors file: its header claims {length:,} bytes, the file holds {size:,}"
+            f"'{path}' is not a whole safetensors file: its header claims {length:,} bytes, the file holds {size:,}; "
+            "fetch it again"
         )
     return length
 
@@ -79,9 +84,9 @@ def _entries(path: Path, text: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"'{path}' is corrupt: its header cannot be read ({error})") from error
+        raise AdapterError(f"'{path}' is damaged: its header cannot be read ({error})") from error
     if not isinstance(entries, dict):
-        raise AdapterError(f"'{path}' is corrupt: its header is no table")
+        raise AdapterError(f"'{path}' is damaged: its header is no table")
     return entries
 
 
@@ -93,22 +98,13 @@ def _shapes(path: Path, entries: Mapping[str, Any], held: int) -> dict[str, tupl
             begin, end = (int(n) for n in entry["data_offsets"])
             bits = _BITS[entry["dtype"]] * math.prod(shape)
         except (KeyError, TypeError, ValueError) as error:
-            raise AdapterError(f"'{path}' is corrupt: the entry of '{key}' cannot be read") from error
+            raise AdapterError(f"'{path}' is damaged: the entry of '{key}' cannot be read") from error
         if min((begin, *shape)) < 0 or (end - begin) * 8 != bits:
-            raise AdapterError(f"'{path}' is corrupt: '{key}' of shape {list(shape)} does not fill its bytes")
+            raise AdapterError(f"'{path}' is damaged: '{key}' of shape {list(shape)} does not fill its bytes")
         shapes[key], promised = shape, max(promised, end)
     if promised != held:
-        fault = "is truncated" if promised > held else "is corrupt"
+        fault = "damaged or truncated" if promised > held else "damaged"
         raise AdapterError(
-            f"'{path}' {fault}: its header promises {promised:,} bytes of tensors, it holds {held:,}"
+            f"'{path}' is {fault}: its header promises {promised:,} bytes of tensors, it holds {held:,}"
         )
     return shapes
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of the whole file, in hex. Raises AdapterError when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise AdapterError(f"cannot read '{path}': {error.strerror or error}") from error
