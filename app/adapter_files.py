@@ -32,6 +32,18 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_limit_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """How far an adapter is squeezed: --rank or --energy, one of them."""
+    limit = parser.add_mutually_exclusive_group(required=required)
+    exact = "" if required else " (default: exact, ranks add up)"
+    limit.add_argument("--rank", type=int, help=f"the highest rank of each site{exact}")
+    limit.add_argument(
+        "--energy",
+        type=float,
+        help="keep this share of each site's squared size at its least rank, as in 0.98",
+    )
+
+
 def open_adapter(name_or_path: str, strict: bool) -> Adapter:
     """The adapter of a file, a folder or a library name; says on stderr what of it is not understood."""
     from compose.formats import load

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument(
         "what", nargs="+", help="a .safetensors file, a folder, a hub id, or a .json file of cards"
     )
+    add.add_argument("--strict", action="store_true", help="refuse adapters of which a part does not fit")
     scan = verb("scan", "read a folder's new and changed adapters, headers only")
     scan.add_argument("folder", nargs="+", help="a folder of .safetensors files")
     listing = verb("list", "list adapters", filters)
@@ -78,14 +79,15 @@ def _add(args: argparse.Namespace, library: Library) -> int:
     for what in args.what:
         try:
             _check_file(what)
-            report, fits = _checked(library, library.add(what, progress=_watched(args)))
+            report, fits = _checked(library, library.add(what, progress=_watched(args)), args.strict)
         except ComposeError as error:
             faults.append(str(error))
             continue
         reports.append(_report(report, fits))
         if not args.json:
             _print_report(report, fits)
-    return _finish(args, reports, faults)
+    refused = args.strict and any(report["refused"] for report in reports)
+    return max(_finish(args, reports, faults), 2 if refused else 0)
 
 
 def _scan(args: argparse.Namespace, library: Library) -> int:
@@ -161,8 +163,9 @@ def _check_file(what: str) -> None:
         load(path)
 
 
-def _checked(library: Library, report: Report) -> tuple[Report, dict[str, Fit]]:
-    """How each new card fits its base; cards whose weights cannot be used are taken out again and said to be refused."""
+def _checked(library: Library, report: Report, strict: bool) -> tuple[Report, dict[str, Fit]]:
+    """How each new card fits its base; cards whose weights cannot be used (with `strict`: not wholly) are taken out
+    again and said to be refused."""
     from dataclasses import replace
 
     fits: dict[str, Fit] = {}
@@ -170,13 +173,19 @@ def _checked(library: Library, report: Report) -> tuple[Report, dict[str, Fit]]:
         if card.path is None:
             continue
         try:
-            fits[card.name] = _fit(card)
+            fits[card.name] = _whole(_fit(card)) if strict else _fit(card)
         except AdapterError as error:
             library.remove(card.name)
             report = replace(report, refused=(*report.refused, (card.path, str(error))))
     kept = {card.name for card in report.added + report.changed if card.path is None or card.name in fits}
     added, changed = (tuple(c for c in cards if c.name in kept) for cards in (report.added, report.changed))
     return replace(report, added=added, changed=changed), fits
+
+
+def _whole(fit: Fit) -> Fit:
+    if fit.unmatched:
+        raise AdapterError(f"{fit}; add its file without --strict to take the part that fits")
+    return fit
 
 
 def _fit(card: Card) -> Fit:

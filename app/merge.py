@@ -15,13 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "adapters", nargs="+", metavar="NAME_OR_FILE[:WEIGHT]", help="what to add up (weight 1 if none)"
     )
     files.add_output_arguments(parser)
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument(
-        "--rank", type=int, help="compress each sum to this rank (default: exact, ranks add up)"
-    )
-    limit.add_argument(
-        "--energy", type=float, help="compress each sum to the least rank that keeps this share, as in 0.98"
-    )
+    files.add_limit_arguments(parser, required=False)
     parser.add_argument("--to", choices=files.FORMATS, default="diffusers", help="key format of the file")
 
 

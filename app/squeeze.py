@@ -12,11 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "adapter", metavar="NAME_OR_FILE", help="the adapter to squeeze (LoKr and LoHa become LoRA)"
     )
     files.add_output_arguments(parser)
-    limit = parser.add_mutually_exclusive_group(required=True)
-    limit.add_argument("--rank", type=int, help="the highest rank of each site")
-    limit.add_argument(
-        "--energy", type=float, help="the share of each site's squared size to keep, as in 0.98"
-    )
+    files.add_limit_arguments(parser, required=True)
     parser.add_argument("--to", choices=files.FORMATS, default="diffusers", help="key format of the file")
 
 

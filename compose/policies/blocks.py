@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
 
 from compose.errors import RequestError
-from compose.plan import Area, Branch, Context, Mix, Policy, Step, Weight
+from compose.plan import Branch, Mix, Step, Weight
+from compose.policies.wrapper import Wrapper
 
 EVERYWHERE = "**"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Blocks(Policy):
+class Blocks(Wrapper):
     """Multiplies adapters' weights by a factor in the sites that a pattern means; elsewhere they keep theirs.
 
     `factors`: adapter -> (site pattern -> factor). Of several patterns that mean a site the last counts. Patterns are
     exact (`transformer_blocks.1` is that block alone), and composing refuses one that means nothing.
     """
 
-    policy: Policy
     factors: Mapping[str, Mapping[str, float]]
 
     def __post_init__(self) -> None:
@@ -30,17 +29,7 @@ class Blocks(Policy):
                 if not math.isfinite(factor):
                     raise RequestError(f"block weights of '{name}': '{pattern}' has factor {factor}")
 
-    @property
-    def areas(self) -> Mapping[str, Area]:
-        return self.policy.areas
-
-    def prepare(self, context: Context) -> Self:
-        return replace(self, policy=self.policy.prepare(context))
-
-    def plan(self, step: Step, picture: int) -> Sequence[Branch]:
-        return tuple(self._weighed(branch) for branch in self.policy.plan(step, picture))
-
-    def _weighed(self, branch: Branch) -> Branch:
+    def changed(self, branch: Branch, step: Step) -> Branch:
         text = None if branch.text is None else self._mix(branch.text)
         return replace(branch, mix=self._mix(branch.mix), text=text)
 

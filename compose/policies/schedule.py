@@ -6,10 +6,10 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 from compose.errors import RequestError
-from compose.plan import Area, Branch, Context, Mix, Policy, Step, Weight
+from compose.plan import Branch, Mix, Step, Weight
+from compose.policies.wrapper import Wrapper
 
 Curve = Sequence[tuple[float, float]]  # (fraction of the denoising done, factor), joined by straight lines
 
@@ -48,28 +48,19 @@ def at(curve: Curve, fraction: float) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule(Policy):
+class Schedule(Wrapper):
     """Multiplies adapters' weights by a curve over the fraction of the denoising done; adapters without one keep
     theirs. The text is encoded under the weights before the schedule, once.
     """
 
-    policy: Policy
     curves: Mapping[str, Curve]
 
     def __post_init__(self) -> None:
         for name, curve in self.curves.items():
             _check_curve(name, curve)
 
-    @property
-    def areas(self) -> Mapping[str, Area]:
-        return self.policy.areas
-
-    def prepare(self, context: Context) -> Self:
-        return replace(self, policy=self.policy.prepare(context))
-
-    def plan(self, step: Step, picture: int) -> Sequence[Branch]:
-        factors = {name: at(curve, step.fraction) for name, curve in self.curves.items()}
-        return tuple(_scaled(branch, factors) for branch in self.policy.plan(step, picture))
+    def changed(self, branch: Branch, step: Step) -> Branch:
+        return _scaled(branch, {name: at(curve, step.fraction) for name, curve in self.curves.items()})
 
 
 def _scaled(branch: Branch, factors: Mapping[str, float]) -> Branch:

@@ -67,6 +67,20 @@ def test_add_says_what_did_not_match(run, tmp_path):
     assert "strange.thing" in fit["unmatched"][0]
 
 
+def test_strict_refuses_what_matches_in_part_and_leaves_nothing(run, folder):
+    part = folder / "part.safetensors"
+    weights = {f"{KEY}.lora_A.weight": torch.ones(2, 8), f"{KEY}.lora_B.weight": torch.ones(8, 2)}
+    save_file(weights | {"strange.thing": torch.ones(3)}, part, metadata=ours("x"))
+    code, out, errors = run("add", folder, "--strict")
+    assert (code, "2 added" in out, errors.count("refused")) == (2, True, 1)
+    code, out, errors = run("add", part, "--strict")
+    assert (code, "0 added" in out) == (2, True)
+    assert "1 of 2 modules matched; not matched: strange.thing" in errors and "without --strict" in errors
+    assert "part" not in run("list")[1]
+    assert run("add", part)[0] == 0
+    assert {card["name"] for card in json.loads(run("list", "--json")[1])} == {"dog", "ink", "part"}
+
+
 def test_the_bundled_base_is_the_measure_of_its_adapters(run, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "bundled_sites", lambda: {KEY: (8, 8), "transformer.other": (4, 4)})
     right = write_adapter(tmp_path / "right.safetensors", ours("x") | {"compose.family": "compose-mini"})
