@@ -59,7 +59,7 @@ def _classes(stem: str) -> dict[str, str]:
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind(name=BUNDLED, families=(BUNDLED, "flux"), pipelines=_FLUX | {"edit": "FluxKontextPipeline"}, side=128, text=48, steps=20, true_guidance=2.0, auto_resize=False, half="float32", threads=1),
+        Kind(name=BUNDLED, families=(BUNDLED, "flux"), pipelines=_FLUX | {"edit": "FluxKontextPipeline"}, side=128, text=40, steps=20, true_guidance=2.0, auto_resize=False, half="float32", threads=1),
         Kind(name="sd15", families=("sd15",), pipelines=_classes("StableDiffusion"), side=512, multiple=8, steps=25, guidance=7.5, half="float16", rest="stable-diffusion-v1-5/stable-diffusion-v1-5"),
         Kind(name="sdxl", families=("sdxl",), pipelines=_classes("StableDiffusionXL"), multiple=8, steps=30, guidance=5.0, half="float16", rest="stabilityai/stable-diffusion-xl-base-1.0"),
         Kind(name="sd3", families=("sd3",), pipelines=_classes("StableDiffusion3"), text=256, guidance=7.0, rest="stabilityai/stable-diffusion-3-medium-diffusers"),

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
+import math
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -29,7 +31,20 @@ from .data.concepts import BASE_STYLES
 from .data.scenes import Captioned, Composer, Pictures, Sampler, Scene
 from .tokenizer import T5_LENGTH
 
-STAGES = ("tokenizer", "vae", "clip", "base", "distill", "pack")
+STAGES = ("tokenizer", "vae", "clip", "base", "pack")
+OPTIONS = (
+    ("seconds", float, "time budget of the whole stage; the learning rate follows it"),
+    ("steps", int, "or its steps, whichever ends first"),
+    ("pause", float, "save and stop this run after so many seconds (base)"),
+    ("batch", int, "pictures per process"),
+    ("edit_batch", int, "edits per process (base)"),
+    ("cache", int, "scenes kept as latents per process (base)"),
+    ("edits", int, "edits kept as latents per process (base)"),
+    ("deck", int, "captioned scenes per process (clip)"),
+    ("rate", float, "highest learning rate"),
+    ("distill_seconds", float, "time budget of the distillation (base)"),
+    ("every", int, "steps between two lines of progress"),
+)
 GRID = 8  # packed latent side: 128 px / 8 / 2
 TRANSFORMER = {
     "in_channels": 64, "num_layers": 2, "num_single_layers": 8, "attention_head_dim": 64, "num_attention_heads": 4,
@@ -51,7 +66,10 @@ class BaseSettings:
     drop: float = 0.1
     seed: int = 14
     every: int = 250
-    workers: int = 12
+    distill_seconds: float = 80.0
+    distill_rate: float = 4e-4
+    pause: float = math.inf
+    keep_every: float = 120.0  # seconds between checkpoints
 
 
 def text_encoder(state: dict[str, Tensor], tokens: CLIPTokenizer) -> CLIPTextModel:
@@ -133,23 +151,12 @@ class Cache:
     pooled: Tensor  # (n, 256) fp16
 
 
-def _draw_specs(job: tuple[Pictures, int, int, bool]) -> list[Captioned]:
-    pictures, seed, count, edit = job
+def specs(pictures: Pictures, seed: int, count: int, edit: bool, chunk: int = 4000) -> Iterator[list[Captioned]]:
+    """Captioned scenes in chunks: 13 us a scene, 22 us an edit (one core)."""
     sampler = Sampler(pictures, styles=BASE_STYLES, seed=seed)
-    return [sampler.edit() if edit else sampler.text_to_image() for _ in range(count)]
-
-
-def specs(pictures: Pictures, seed: int, count: int, edit: bool, workers: int) -> Iterator[list[Captioned]]:
-    """Captioned scenes in chunks, sampled by several processes, which end with the iteration."""
-    light = copy.copy(pictures)
-    light.sprites = []
-    chunk = min(4000, count)
-    jobs = [(light, seed * 100_003 + i, chunk, edit) for i in range(-(-count // chunk))]
-    if workers < 2:
-        yield from map(_draw_specs, jobs)
-        return
-    with get_context("fork").Pool(workers) as pool:
-        yield from pool.imap(_draw_specs, jobs)
+    for start in range(0, count, chunk):
+        draw = sampler.edit if edit else sampler.text_to_image
+        yield [draw() for _ in range(min(chunk, count - start))]
 
 
 class Frozen:
@@ -159,22 +166,23 @@ class Frozen:
         self.device = device
         self.clip_tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.t5_tokens = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
-        self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device, memory_format=torch.channels_last).eval()
+        self.dtype = torch.float16 if device.type == "cuda" else torch.float32
+        self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=self.dtype).to(device, memory_format=torch.channels_last).eval()
         self.text = text_encoder(load_file(folder / "clip.safetensors"), self.clip_tokens).to(device)
 
     @torch.no_grad()
     def latents(self, pictures: Tensor) -> Tensor:
         """(n, 3, 128, 128) -> scaled, packed latents (n, 64, 64) fp16."""
-        with loop.half(self.device):
-            mean = self.vae.encode(pictures.to(memory_format=torch.channels_last)).latent_dist.mean
+        mean = self.vae.encode(pictures.to(self.dtype, memory_format=torch.channels_last)).latent_dist.mean
         return pack((mean.float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor).half()
 
     @torch.no_grad()
     def words(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(T5 token ids int16 (n, T5_LENGTH), pooled CLIP vectors fp16 (n, 256))."""
-        ids = self.t5_tokens(list(captions), padding="max_length", truncation=True, max_length=T5_LENGTH, return_tensors="pt").input_ids
-        pooled = self.text(clip.text_batch(self.clip_tokens, list(captions), self.device)).pooler_output
-        return ids.to(torch.int16).to(self.device), pooled.half()
+        ids = clip.text_batch(self.clip_tokens, list(captions), self.device)
+        with loop.half(self.device):
+            pooled = self.text(ids).pooler_output
+        return ids[:, 1 : 1 + T5_LENGTH].to(torch.int16), pooled.half()  # T5's tokens are CLIP's without the first
 
     def fill(self, composer: Composer, chunks: Iterator[list[Captioned]], batch: int = 1000) -> Cache:
         """Draw and encode every scene once."""
@@ -208,8 +216,8 @@ class Batches:
     def rand(self, *shape: int) -> Tensor:
         return torch.rand(*shape, device=self.device, generator=self.generator)
 
-    def draw(self, edit: bool, damage: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        """(tokens, pooled, latents, reference, dropped): a tenth has no caption; another tenth lacks T5's words
+    def draw(self, edit: bool, damage: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(tokens, pooled, latents, reference): a tenth has no caption; another tenth lacks T5's words
         or has some of them replaced, so that pooled CLIP words carry meaning too."""
         cache, s = (self.edits, self.settings) if edit else (self.plain, self.settings)
         rows = torch.randint(len(cache.latents), (s.edit_batch if edit else s.batch,), device=self.device, generator=self.generator)
@@ -224,7 +232,7 @@ class Batches:
         tokens = torch.where(dropped, self.empty_ids.long(), tokens)
         pooled = torch.where(dropped, self.empty_pooled.float(), pooled)
         reference = cache.reference[rows].float() if edit else None
-        return tokens, pooled, cache.latents[rows].float(), reference, dropped
+        return tokens, pooled, cache.latents[rows].float(), reference
 
     def noised(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(noisy latents, time (n,), velocity): logit-normal times, x_t = (1 - t) x_0 + t eps, v = eps - x_0."""
@@ -250,6 +258,9 @@ class Bench:
     def modules(self) -> dict[str, nn.Module]:
         return {"denoiser": self.model.denoiser, "words": self.model.words}
 
+    def save(self, path: Path) -> None:
+        loop.save_checkpoint(path, self.modules, self.optimizer, self.schedule, self.average)
+
 
 def prepare(settings: BaseSettings, archive: Path, out: Path) -> Bench:
     """Join the other processes, fill the caches, build the model."""
@@ -260,29 +271,31 @@ def prepare(settings: BaseSettings, archive: Path, out: Path) -> Bench:
     began = time.monotonic()
     seed = settings.seed + 1000 * world.rank
     composer = Composer(pictures, world.device)
-    plain = frozen.fill(composer, specs(pictures, seed, settings.cache, False, settings.workers))
-    edits = frozen.fill(composer, specs(pictures, seed + 500, settings.edits, True, settings.workers))
+    plain = frozen.fill(composer, specs(pictures, seed, settings.cache, False))
+    edits = frozen.fill(composer, specs(pictures, seed + 500, settings.edits, True))
     world.say(f"cache {len(plain.latents)} + {len(edits.latents)} scenes in {time.monotonic() - began:.0f} s, latent std {plain.latents[:2000].float().std():.3f}")
     model = Denoise(transformer(), t5(frozen.t5_tokens)).to(world.device)
     loop.share_weights([model], world)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=world.device.type == "cuda")
-    schedule = loop.Schedule(peak=settings.rate, steps=settings.steps, seconds=settings.seconds, warmup=500)
+    schedule = loop.Schedule(peak=settings.rate, steps=settings.steps, seconds=settings.seconds, warmup=500, pause=settings.pause)
     average = loop.Average({"denoiser": model.denoiser, "words": model.words}, settings.average)
     batches = Batches(frozen, plain, edits, settings, seed)
     return Bench(world=world, batches=batches, model=model, optimizer=optimizer, schedule=schedule, average=average, settings=settings)
 
 
-def run_steps(bench: Bench, loss_of, name: str) -> None:
-    """The loop of both stages: `loss_of(edit, step) -> loss` for a batch; every third batch is an edit."""
+def run_steps(bench: Bench, loss_of: Callable[[bool], Tensor], name: str, keep: Path | None = None) -> None:
+    """The loop of both stages: `loss_of(edit) -> loss` of a batch; every third batch is an edit. With `keep`, the
+    first process writes that checkpoint from time to time and at the end."""
     world, schedule, parameters = bench.world, bench.schedule, list(bench.model.parameters())
     shown: dict[bool, Tensor] = {}
-    began, samples = time.monotonic(), 0
-    while (progress := schedule.agreed(world)) < 1:
+    began = kept = time.monotonic()
+    samples = 0
+    while not schedule.ended(world):
         for group in bench.optimizer.param_groups:
-            group["lr"] = schedule.rate(progress)
+            group["lr"] = schedule.rate()
         edit = schedule.step % 3 == 2
-        loss = loss_of(edit, schedule.step)
+        loss = loss_of(edit)
         loss.backward()
         loop.average_gradients(parameters, world)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -292,80 +305,89 @@ def run_steps(bench: Bench, loss_of, name: str) -> None:
         bench.average.update(schedule.step)
         shown[edit] = loss.detach()
         samples += (bench.settings.edit_batch if edit else bench.settings.batch) * world.size
-        if schedule.step % bench.settings.every == 0 or schedule.step == 20:
+        if schedule.step % bench.settings.every == 0 or schedule.step in (3, 30):
             losses = " ".join(f"{'edit' if key else 'plain'} {value.item():.4f}" for key, value in sorted(shown.items()))
-            world.say(f"{name} {schedule.step} progress {progress:.3f} {losses} {samples / (time.monotonic() - began):.0f}/s")
+            seconds = time.monotonic() - began
+            world.say(f"{name} {schedule.step} progress {schedule.known[0]:.3f} {losses} {seconds:.0f} s {samples / seconds:.0f}/s")
+        if keep and world.first and time.monotonic() - kept > bench.settings.keep_every:
+            bench.save(keep)
+            kept = time.monotonic()
+    if keep and world.first:
+        bench.save(keep)
+
+
+def faster(model: Denoise) -> Denoise:
+    """Compile the repeated blocks only (on a GPU): the whole graph took 125 s to compile, the blocks far less."""
+    if next(model.parameters()).is_cuda:
+        model.denoiser.compile_repeated_blocks(dynamic=False)
+    return model
 
 
 def train(settings: BaseSettings, archive: Path, out: Path) -> None:
-    """Pretrain; writes `out/base.checkpoint`, from which it also resumes."""
+    """Pretrain, resuming from `out/base.checkpoint`; when the schedule has ended, distill and write
+    `out/distilled.safetensors`."""
     bench = prepare(settings, archive, out)
     checkpoint = out / "base.checkpoint"
     if checkpoint.exists():
         loop.load_checkpoint(checkpoint, bench.modules, bench.optimizer, bench.schedule, bench.average)
-    device = bench.world.device
+    device, model = bench.world.device, faster(bench.model)
     ids = {edit: picture_ids(edit, device) for edit in (False, True)}
-    step_fn = torch.compile(bench.model, dynamic=False) if device.type == "cuda" else bench.model
 
-    def loss_of(edit: bool, step: int) -> Tensor:
-        tokens, pooled, clean, reference, _ = bench.batches.draw(edit)
+    def loss_of(edit: bool) -> Tensor:
+        tokens, pooled, clean, reference = bench.batches.draw(edit)
         noisy, time_, velocity = bench.batches.noised(clean)
         with loop.half(device):
-            out_ = step_fn(tokens, pooled, noisy, time_, torch.ones_like(time_), reference, ids[edit])
+            out_ = model(tokens, pooled, noisy, time_, torch.ones_like(time_), reference, ids[edit])
         return F.mse_loss(out_.float(), velocity)
 
-    run_steps(bench, loss_of, "base")
-    if bench.world.first:
-        loop.save_checkpoint(checkpoint, bench.modules, bench.optimizer, bench.schedule, bench.average)
+    run_steps(bench, loss_of, "base", keep=checkpoint)
+    if bench.schedule.known[0] >= 1:
+        distill(bench, out)
     loop.leave()
 
 
-def distill(settings: BaseSettings, archive: Path, out: Path) -> None:
+def distill(bench: Bench, out: Path) -> None:
     """Teach the guidance embedding what guidance does (as FLUX.1-dev): at scale w the student predicts
     v_empty + w (v_caption - v_empty) of the frozen teacher; at w = 1 that is the plain conditional velocity."""
-    bench = prepare(settings, archive, out)
-    loop.load_checkpoint(out / "base.checkpoint", bench.modules, bench.optimizer, loop.Schedule(peak=0, steps=1), bench.average)
+    settings, device, batches = bench.settings, bench.world.device, bench.batches
     bench.average.swap()
-    teacher = copy.deepcopy(bench.model).eval().requires_grad_(False)
-    bench.model.load_state_dict(teacher.state_dict())
-    bench.average = loop.Average(bench.modules, settings.average)
-    bench.optimizer = torch.optim.AdamW(bench.model.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=bench.world.device.type == "cuda")
-    device, batches = bench.world.device, bench.batches
+    teacher = faster(Denoise(transformer(), copy.deepcopy(bench.model.words)).to(device))
+    teacher.load_state_dict(bench.model.state_dict())
+    teacher.eval().requires_grad_(False)
+    bench.average = loop.Average(bench.modules, 0.998)
+    bench.optimizer = torch.optim.AdamW(bench.model.parameters(), lr=settings.distill_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
+    bench.schedule = loop.Schedule(peak=settings.distill_rate, steps=settings.steps, seconds=settings.distill_seconds, warmup=50)
     ids = {edit: picture_ids(edit, device) for edit in (False, True)}
-    student_fn, teacher_fn = (torch.compile(m, dynamic=False) if device.type == "cuda" else m for m in (bench.model, teacher))
     pads = torch.full((1, LONG - T5_LENGTH), batches.empty_ids[0, -1].item(), device=device, dtype=torch.long)
 
-    def loss_of(edit: bool, step: int) -> Tensor:
-        tokens, pooled, clean, reference, _ = batches.draw(edit, damage=False)
+    def loss_of(edit: bool) -> Tensor:
+        tokens, pooled, clean, reference = batches.draw(edit, damage=False)
         noisy, time_, _ = batches.noised(clean)
         one = torch.ones_like(time_)
         scale = torch.where(batches.rand(len(clean)) < 0.15, one, 1 + 5 * batches.rand(len(clean)))
         empty = batches.empty_ids.long().expand_as(tokens), batches.empty_pooled.float().expand_as(pooled)
         with torch.no_grad(), loop.half(device):
-            said = teacher_fn(tokens, pooled, noisy, time_, one, reference, ids[edit]).float()
-            silent = teacher_fn(*empty, noisy, time_, one, reference, ids[edit]).float()
+            said = teacher(tokens, pooled, noisy, time_, one, reference, ids[edit]).float()
+            silent = teacher(*empty, noisy, time_, one, reference, ids[edit]).float()
         target = silent + scale.view(-1, 1, 1) * (said - silent)
+        rows = slice(None)
+        if bench.schedule.step % 12 == 7 and not edit:  # the long text of a plain FluxPipeline call
+            rows = slice(0, len(tokens) // 4)
+            tokens = torch.cat([tokens, pads.expand(len(tokens), -1)], 1)
+        shown = None if reference is None else reference[rows]
         with loop.half(device):
-            if step % 12 == 7 and not edit:
-                few = slice(0, len(tokens) // 4)
-                long = torch.cat([tokens[few], pads.expand(len(tokens[few]), -1)], 1)
-                got = bench.model(long, pooled[few], noisy[few], time_[few], scale[few], None, ids[edit])
-                return F.mse_loss(got.float(), target[few])
-            got = student_fn(tokens, pooled, noisy, time_, scale, reference, ids[edit])
-        return F.mse_loss(got.float(), target)
+            got = bench.model(tokens[rows], pooled[rows], noisy[rows], time_[rows], scale[rows], shown, ids[edit])
+        return F.mse_loss(got.float(), target[rows])
 
     run_steps(bench, loss_of, "distill")
     if bench.world.first:
         bench.average.swap()
-        save_file({f"{n}.{k}": v.detach().half().cpu().contiguous() for n, m in bench.modules.items() for k, v in m.state_dict().items()}, out / "distilled.safetensors")
-    loop.leave()
+        state = {f"{n}.{k}": v for n, m in bench.modules.items() for k, v in m.state_dict().items()}
+        save_file({k: v.detach().half().cpu().contiguous().clone() for k, v in state.items()}, out / "distilled.safetensors")
 
 
 def write_base(source: Path, folder: Path) -> None:
     """Assemble the plain diffusers folder (fp16) and the CLIP folder beside it from what the stages left in `source`."""
-    import json
-    import shutil
-
     state, seen = load_file(source / "distilled.safetensors"), load_file(source / "clip.safetensors")
     tokens = CLIPTokenizer.from_pretrained(source / "tokenizer")
     words = PreTrainedTokenizerFast.from_pretrained(source / "tokenizer_2")
@@ -395,8 +417,6 @@ def write_base(source: Path, folder: Path) -> None:
 
 
 def _set(path: Path, **values: object) -> None:
-    import json
-
     path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
 
 
@@ -405,21 +425,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--archive", type=Path, default=Path(".cache/pictures.zip"), help="from `compose data build`")
     parser.add_argument("--phrases", type=Path, default=Path(".cache/phrases.safetensors"))
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and results; stages resume from it")
-    parser.add_argument("--seconds", type=float, help="time budget; the learning rate follows it")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--edit-batch", type=int)
-    parser.add_argument("--cache", type=int, help="scenes kept as latents per process")
-    parser.add_argument("--edits", type=int)
-    parser.add_argument("--rate", type=float)
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--every", type=int)
+    for name, kind, text in OPTIONS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one stage; each needs what the ones before it wrote into --out."""
     args.out.mkdir(parents=True, exist_ok=True)
-    given = {k: v for k in ("seconds", "steps", "batch", "edit_batch", "cache", "edits", "rate", "workers", "every") if (v := getattr(args, k)) is not None}
+    given = {name: value for name, _, _ in OPTIONS if (value := getattr(args, name)) is not None}
     if args.stage == "tokenizer":
         text = bytes(load_file(args.phrases)["text"].numpy()).decode().split("\n")
         tokenizer.build(text, args.out)
@@ -429,8 +442,6 @@ def run(args: argparse.Namespace) -> int:
         clip.train(clip.ClipSettings(**given), args.archive, args.phrases, args.out / "tokenizer", args.out)
     elif args.stage == "base":
         train(BaseSettings(**given), args.archive, args.out)
-    elif args.stage == "distill":
-        distill(BaseSettings(**given), args.archive, args.out)
     else:
         write_base(args.out, args.out / "assets")
     return 0

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from . import loop
 from .data import captions
-from .data.scenes import Captioned, Composer, Pictures, Sampler
+from .data.scenes import Captioned, Composer, Laid, Pictures, Sampler
 from .data.pictures import STYLE, STYLES
 from .tokenizer import CLIP_LENGTH
 
@@ -29,6 +29,7 @@ PARTS = ("base", "zoo", "test")
 class ClipSettings:
     batch: int = 1024
     phrases: int = 1024
+    deck: int = 300_000  # captioned scenes per process
     rate: float = 1e-3
     steps: int = 60_000
     seconds: float = 420.0
@@ -107,34 +108,38 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     model = create(out, tokenizer).to(world.device)
     sentence = nn.Linear(256, 384, bias=False).to(world.device)
+    modules = {"clip": model, "sentence": sentence}
+    if (earlier := out / "clip_start.safetensors").exists():
+        _start_from(load_file(earlier), model, sentence)
+    loop.share_weights(modules.values(), world)
     parameters = [*model.parameters(), *sentence.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.05, fused=world.device.type == "cuda")
-    schedule = loop.Schedule(peak=settings.rate, steps=settings.steps, seconds=settings.seconds, warmup=500)
-    modules = {"clip": model, "sentence": sentence}
     if (checkpoint := out / "clip.checkpoint").exists():
-        loop.load_checkpoint(checkpoint, modules, optimizer, schedule)
+        raise ValueError(f"{checkpoint} is there; CLIP is trained in one run")
+    seed = settings.seed + 1000 * world.rank
     pictures = Pictures(archive)
     composer, taught = Composer(pictures, world.device), Sentences(phrases, tokenizer, world.device)
-    sampler = Sampler(pictures, parts=PARTS, styles=[s.name for s in STYLES], seed=settings.seed + schedule.step, patterns=0.25)
-    generator = torch.Generator(world.device).manual_seed(settings.seed + schedule.step)
-    encode_image, encode_text = (torch.compile(f) if world.device.type == "cuda" else f for f in (model.encode_image, model.encode_text))
+    sampler = Sampler(pictures, parts=PARTS, styles=[s.name for s in STYLES], seed=seed, patterns=0.25)
+    laid, tokens = deck(sampler, composer, tokenizer, settings.deck)
+    generator = torch.Generator(world.device).manual_seed(seed)
     contrast = open_clip.ClipLoss()
+    schedule = loop.Schedule(peak=settings.rate, steps=settings.steps, seconds=settings.seconds, warmup=300)
     began = time.monotonic()
-    while (progress := schedule.progress()) < 1:
+    while not schedule.ended(world):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(progress)
-        shown = [sampler.text_to_image() for _ in range(settings.batch)]
-        images = composer.draw([s.scene for s in shown], seed=sampler.rng.randrange(1 << 31))
+            group["lr"] = schedule.rate()
+        rows = torch.randint(len(tokens), (settings.batch,), device=world.device, generator=generator)
+        images = composer.render(laid.pick(rows), schedule.step * world.size + world.rank)
         images = images + torch.randn(len(images), 1, 1, 1, device=world.device, generator=generator) * 0.03
-        texts = text_batch(tokenizer, [describe(s, sampler) for s in shown], world.device)
-        tokens, vectors = taught.sample(settings.phrases, generator)
+        phrase, vectors = taught.sample(settings.phrases, generator)
         with loop.half(world.device):
-            seen = F.normalize(encode_image(images), dim=-1)
-            said = encode_text(torch.cat([texts, tokens]))
-            ours, theirs = said[: len(texts)], said[len(texts) :]
+            seen = F.normalize(model.encode_image(images), dim=-1)
+            said = model.encode_text(torch.cat([tokens[rows], phrase]))
+            ours, theirs = said[: len(rows)], said[len(rows) :]
             loss_pairs = contrast(seen.float(), F.normalize(ours.float(), dim=-1), model.logit_scale.exp().float())
             loss_words = sentence_loss(sentence(theirs), vectors)
-        (loss_pairs + loss_words).backward()
+        (loss_pairs + 2 * loss_words).backward()
+        loop.average_gradients(parameters, world)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -143,7 +148,23 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
         schedule.step += 1
         if schedule.step % settings.every == 0 or schedule.step == 20:
             right = (seen.float() @ F.normalize(ours.float(), dim=-1).T).argmax(1).eq(torch.arange(len(seen), device=world.device)).float().mean()
-            world.say(f"clip {schedule.step} progress {progress:.3f} pairs {loss_pairs.item():.3f} words {loss_words.item():.3f} in-batch r@1 {right.item():.3f} scale {model.logit_scale.exp().item():.1f} {schedule.step * settings.batch / (time.monotonic() - began):.0f}/s")
-    loop.save_checkpoint(checkpoint, modules, optimizer, schedule)
-    state = {**model.state_dict(), "sentence.weight": sentence.weight}
-    save_file({k: v.detach().half().cpu().contiguous() for k, v in state.items()}, out / "clip.safetensors")
+            world.say(f"clip {schedule.step} progress {schedule.known[0]:.3f} pairs {loss_pairs.item():.3f} words {loss_words.item():.3f} in-batch r@1 {right.item():.3f} scale {model.logit_scale.exp().item():.1f} {schedule.step * settings.batch * world.size / (time.monotonic() - began):.0f}/s")
+    if world.first:
+        state = {**model.state_dict(), "sentence.weight": sentence.weight}
+        save_file({k: v.detach().half().cpu().contiguous() for k, v in state.items()}, out / "clip.safetensors")
+    loop.leave()
+
+
+def _start_from(state: dict[str, Tensor], model: open_clip.CLIP, sentence: nn.Linear) -> None:
+    sentence.weight.data.copy_(state.pop("sentence.weight").float())
+    model.load_state_dict({key: value.float() for key, value in state.items()})
+
+
+def deck(sampler: Sampler, composer: Composer, tokenizer: CLIPTokenizer, count: int, chunk: int = 4000) -> tuple[Laid, Tensor]:
+    """`count` captioned scenes, laid out and tokenised once: (scenes, token ids (n, CLIP_LENGTH))."""
+    laid, tokens = [], []
+    for start in range(0, count, chunk):
+        shown = [sampler.text_to_image() for _ in range(min(chunk, count - start))]
+        laid.append(composer.lay([s.scene for s in shown]))
+        tokens.append(text_batch(tokenizer, [describe(s, sampler) for s in shown], composer.device))
+    return Laid(*(torch.cat(parts) for parts in zip(*laid, strict=True))), torch.cat(tokens)

@@ -72,22 +72,27 @@ class Schedule:
     step: int = 0
     spent: float = 0.0  # seconds of earlier runs
     began: float = field(default_factory=time.monotonic)
-    known: float = -1.0  # what the processes last agreed on
+    pause: float = math.inf  # seconds after which this run saves and stops, to go on later
+    known: tuple[float, bool] = (-1.0, False)  # progress and whether to stop, as the processes last agreed
 
     def progress(self) -> float:
         elapsed = self.spent + time.monotonic() - self.began
         return min(1.0, max(self.step / self.steps, elapsed / self.seconds))
 
-    def agreed(self, world: World) -> float:
-        """The first process's progress, exchanged every 16 steps, so that all use one rate and stop together."""
-        if self.step % 16 == 0 or self.known < 0:
-            shared = torch.tensor([self.progress()], device=world.device, dtype=torch.float64)
+    def ended(self, world: World) -> bool:
+        """Whether to stop now. With several processes the first decides for all, every 16 steps, so that they use one rate and stop
+        together."""
+        if world.size == 1 or self.step % 16 == 0 or self.known[0] < 0:
+            late = time.monotonic() - self.began > self.pause
+            shared = torch.tensor([self.progress(), float(late)], device=world.device, dtype=torch.float64)
             if world.size > 1:
                 dist.broadcast(shared, 0)
-            self.known = float(shared)
-        return self.known
+            progress, late = shared.tolist()
+            self.known = (progress, progress >= 1 or bool(late))
+        return self.known[1]
 
-    def rate(self, progress: float) -> float:
+    def rate(self) -> float:
+        progress = self.known[0]
         return self.peak * min(1.0, (self.step + 1) / self.warmup) * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2)
 
 

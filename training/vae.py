@@ -93,9 +93,9 @@ def train(settings: VaeSettings, archive: Path, out: Path) -> None:
     sampler = Sampler(pictures, styles=BASE_STYLES, seed=settings.seed * 1000 + world.rank + schedule.step)
     generator = torch.Generator(world.device).manual_seed(settings.seed * 1000 + world.rank + schedule.step)
     began = time.monotonic()
-    while (progress := schedule.agreed(world)) < 1:
+    while not schedule.ended(world):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(progress)
+            group["lr"] = schedule.rate()
         batch = composer.draw([sampler.text_to_image().scene for _ in range(settings.batch)], seed=sampler.rng.randrange(1 << 31))
         batch = recolor(batch, generator).to(memory_format=torch.channels_last)
         noise = torch.randn(len(batch), 16, 16, 16, device=world.device, generator=generator)
@@ -110,7 +110,7 @@ def train(settings: VaeSettings, archive: Path, out: Path) -> None:
         average.update(schedule.step)
         if schedule.step % settings.every == 0 or schedule.step == 20:
             psnr = (10 * torch.log10(4 / squared)).mean()
-            world.say(f"vae {schedule.step} progress {progress:.3f} loss {loss.item():.4f} psnr {psnr:.2f} {schedule.step * settings.batch * world.size / (time.monotonic() - began):.0f}/s")
+            world.say(f"vae {schedule.step} progress {schedule.known[0]:.3f} loss {loss.item():.4f} psnr {psnr:.2f} {schedule.step * settings.batch * world.size / (time.monotonic() - began):.0f}/s")
     if world.first:
         loop.save_checkpoint(checkpoint, {"vae": vae}, optimizer, schedule, average)
         average.swap()

@@ -109,9 +109,9 @@ def train(archive: Path, out: Path, *, batch: int, seconds: float, steps: int, r
     generator = torch.Generator(world.device).manual_seed(seed + schedule.step)
     logits_of = torch.compile(judge.logits) if world.device.type == "cuda" else judge.logits
     began = time.monotonic()
-    while (progress := schedule.progress()) < 1:
+    while not schedule.ended(world):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(progress)
+            group["lr"] = schedule.rate()
         pictures, labels = renders.batch(batch)
         with loop.half(world.device):
             logits = logits_of(roughen(pictures, generator).to(memory_format=torch.channels_last))
@@ -123,7 +123,7 @@ def train(archive: Path, out: Path, *, batch: int, seconds: float, steps: int, r
         schedule.step += 1
         average.update(schedule.step)
         if schedule.step % 500 == 0 or schedule.step == 20:
-            world.say(f"judge {schedule.step} progress {progress:.3f} loss {loss.item():.3f} concept {(logits[0].argmax(1) == labels[:, 0]).float().mean():.3f} style {(logits[1].argmax(1) == labels[:, 1]).float().mean():.3f} {schedule.step * batch / (time.monotonic() - began):.0f}/s")
+            world.say(f"judge {schedule.step} progress {schedule.known[0]:.3f} loss {loss.item():.3f} concept {(logits[0].argmax(1) == labels[:, 0]).float().mean():.3f} style {(logits[1].argmax(1) == labels[:, 1]).float().mean():.3f} {schedule.step * batch / (time.monotonic() - began):.0f}/s")
     loop.save_checkpoint(checkpoint, {"judge": judge}, optimizer, schedule, average)
     average.swap()
     save_file({k: v.detach().half().cpu().contiguous() for k, v in judge.state_dict().items()}, out / "judge.safetensors")

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -204,6 +205,19 @@ class Pictures:
         self.row = {(p["style"], p["concept"]): i for i, p in enumerate(wanted)}
 
 
+class Laid(NamedTuple):
+    """Many scenes as tensors: sprites (n, 4 slots, [start, side, left, top]), background ends (n, 2, 3), whether they
+    are one colour (n,), pattern number or -1 (n,)."""
+
+    table: Tensor
+    ends: Tensor
+    same: Tensor
+    kind: Tensor
+
+    def pick(self, rows: Tensor) -> Laid:
+        return Laid(*(tensor[rows] for tensor in self))
+
+
 class Composer:
     """Draws batches of scenes on one device from sprites kept there in every size."""
 
@@ -218,20 +232,29 @@ class Composer:
         self.ys, self.xs = axis.view(1, SIDE, 1), axis.view(1, 1, SIDE)
 
     def draw(self, scenes: Sequence[Scene], seed: int) -> Tensor:
-        """Scenes -> pictures (n, 3, 128, 128) float32 in [-1, 1]; `seed` fixes colour jitter and patterns."""
-        picture = self._grounds([scene.ground for scene in scenes], seed)
-        table = torch.from_numpy(self._table(scenes)).to(self.device)  # (n, slots, 4): start, side, left, top
-        for slot in range(max(len(scene.items) for scene in scenes)):
-            picture = self._paste(picture, table[:, slot])
-        return picture / 127.5 - 1
+        """Scenes -> pictures (n, 3, 128, 128) float32 in [-1, 1]; `seed` fixes colour jitter and pattern variants."""
+        return self.render(self.lay(scenes), seed)
 
-    def _table(self, scenes: Sequence[Scene]) -> np.ndarray:
+    def lay(self, scenes: Sequence[Scene]) -> Laid:
+        """Scenes as tensors on the device, from which any rows can be rendered without Python per scene."""
         table = np.zeros((len(scenes), SLOTS, 4), dtype=np.int64)
         for n, scene in enumerate(scenes):
             for slot, item in enumerate(scene.items):
                 side, row = SIZES[item.size], self.row[scene.style, item.concept]
                 table[n, slot] = (self.starts[item.size] + row * side * side, side, item.x - side // 2, item.y - side // 2)
-        return table
+        blank = (0, 0, 0)  # patterns are drawn over it
+        grounds = [scene.ground for scene in scenes]
+        ends = np.array([(COLORS.get(g.top, blank), COLORS.get(g.bottom, blank)) for g in grounds], dtype=np.float32)
+        same = np.array([g.top == g.bottom for g in grounds])
+        kind = np.array([-1 if g.pattern is None else PATTERNS.index(g.pattern) for g in grounds])
+        return Laid(*(torch.from_numpy(array).to(self.device) for array in (table, ends, same, kind)))
+
+    def render(self, laid: Laid, seed: int) -> Tensor:
+        """Laid-out scenes -> pictures (n, 3, 128, 128) float32 in [-1, 1]."""
+        picture = self._grounds(laid, torch.Generator(self.device).manual_seed(seed))
+        for slot in range(SLOTS):
+            picture = self._paste(picture, laid.table[:, slot])
+        return picture / 127.5 - 1
 
     def _paste(self, picture: Tensor, table: Tensor) -> Tensor:
         start, side, left, top = (column.view(-1, 1, 1) for column in table.unbind(1))
@@ -242,20 +265,16 @@ class Composer:
         alpha = (channel[3] / 255 * inside)[:, None]
         return torch.stack(channel[:3], 1) * alpha + picture * (1 - alpha)
 
-    def _grounds(self, grounds: Sequence[Ground], seed: int) -> Tensor:
-        rng = np.random.default_rng(seed)
-        blank = (0, 0, 0)  # patterns are drawn over it
-        ends = np.array([(COLORS.get(g.top, blank), COLORS.get(g.bottom, blank)) for g in grounds], dtype=np.float32)
-        same = np.array([g.top == g.bottom for g in grounds])
-        noise = rng.integers(-JITTER, JITTER + 1, ends.shape)
-        noise[same, 1] = noise[same, 0]
-        ends = torch.from_numpy((ends + noise).clip(0, 255).astype(np.float32)).to(self.device)
+    def _grounds(self, laid: Laid, generator: torch.Generator) -> Tensor:
+        count = len(laid.kind)
+        noise = torch.randint(-JITTER, JITTER + 1, (count, 2, 3), device=self.device, generator=generator)
+        noise[:, 1] = torch.where(laid.same[:, None], noise[:, 0], noise[:, 1])
+        ends = (laid.ends + noise).clamp(0, 255)
         mix = (self.ys / (SIDE - 1)).float()[:, None]  # (1, 1, side, 1)
-        picture = (ends[:, 0, :, None, None] * (1 - mix) + ends[:, 1, :, None, None] * mix).expand(-1, -1, SIDE, SIDE).clone()
-        if patterned := [n for n, ground in enumerate(grounds) if ground.pattern is not None]:
-            kinds = [PATTERNS.index(grounds[n].pattern) for n in patterned]
-            picture[patterned] = self.patterns[kinds, rng.integers(0, VARIANTS, len(kinds))]
-        return picture
+        picture = (ends[:, 0, :, None, None] * (1 - mix) + ends[:, 1, :, None, None] * mix).expand(-1, -1, SIDE, SIDE)
+        variant = torch.randint(VARIANTS, (count,), device=self.device, generator=generator)
+        rows = (laid.kind >= 0).nonzero()[:, 0]
+        return picture.index_copy(0, rows, self.patterns[laid.kind[rows], variant[rows]]) if len(rows) else picture
 
     @functools.cached_property
     def patterns(self) -> Tensor:
