@@ -158,16 +158,25 @@ def _loha(parts: Parts, scaling: Scaling) -> Dense:
     )
 
 
-def _sparse(parts: Parts) -> Sparse:
-    """SHiRA (arXiv 2406.13175): values at (row, column) pairs."""
-    value, index, shape = _need(parts, "shira_weight", "shira_indices", "shira_shape")
-    rows, columns = (int(size) for size in shape)
-    inside = index.shape == (2, value.numel()) and bool((index >= 0).all())
-    if not inside or bool((index.amax(1) >= torch.tensor([rows, columns])).any()):
-        raise AdapterError(f"sparse indices do not fit {rows} x {columns}")
-    return Sparse(
-        index=index[0].long() * columns + index[1].long(), value=value.flatten(), shape=(rows, columns)
-    )
+def _sparse(parts: Parts) -> Sparse | Dense:
+    """SHiRA (arXiv 2406.13175), its places as `compose.formats.sparse` gives them; pairs without a shape fit whatever
+    weight they fall into."""
+    value = _need(parts, "shira_weight")[0].flatten()
+    if "shira_flat" in parts:
+        return Sparse(index=parts["shira_flat"], value=value, shape=tuple(parts["shira_shape"].tolist()))
+    row, column = _need(parts, "shira_indices")[0].long()
+    if row.shape != value.shape or bool((row < 0).any() or (column < 0).any()):
+        raise AdapterError(f"indices do not fit {value.numel()} values")
+
+    def compute(weight: Tensor) -> Tensor:
+        rows, columns = weight.shape[0], weight[0].numel()
+        if int(row.max()) >= rows or int(column.max()) >= columns:
+            raise AdapterError(f"sparse indices do not fit {rows} x {columns}")
+        flat = torch.zeros(weight.numel(), device=weight.device)
+        place = (row * columns + column).to(weight.device)
+        return flat.index_add(0, place, value.to(weight.device).float()).view(weight.shape)
+
+    return Dense(compute=compute, kind="sparse")
 
 
 def _dora(delta: Delta, parts: Parts) -> Dense:
@@ -228,9 +237,22 @@ def _take(
         return None
     if isinstance(delta, LowRank):
         return _without_zero_ranks(LowRank(down=delta.down, up=_rows(delta.up, rows), scale=delta.scale))
+    if isinstance(delta, Sparse):
+        return _take_sparse(delta, rows)
     if isinstance(delta, Dense) and delta.kind != "dora-columns" and shape:
         return _take_dense(delta, rows, shape)
-    raise AdapterError(f"a {getattr(delta, 'kind', 'sparse')} delta of a fused projection cannot be split")
+    raise AdapterError(f"a {delta.kind} delta of a fused projection cannot be split")
+
+
+def _take_sparse(delta: Sparse, rows: tuple[tuple[int, int], ...]) -> Sparse:
+    columns, count = math.prod(delta.shape[1:]), 0
+    index, value = [], []
+    for start, stop in rows:
+        inside = (delta.index >= start * columns) & (delta.index < stop * columns)
+        index.append(delta.index[inside] + (count - start) * columns)
+        value.append(delta.value[inside])
+        count += stop - start
+    return Sparse(index=torch.cat(index), value=torch.cat(value), shape=(count, *delta.shape[1:]))
 
 
 def _take_dense(delta: Dense, rows: tuple[tuple[int, int], ...], shape: tuple[int, ...]) -> Dense:

@@ -21,6 +21,7 @@ from compose.formats.bfl import Split
 from compose.formats.family import detect, from_metadata, from_widths
 from compose.formats.kinds import Change, Scaling, change, shape_of, take_rows
 from compose.formats.names import canonical, locate, split
+from compose.formats.sparse import placed
 
 _REFUSED = re.compile(
     r"\.(oft_\w+|boft_\w+|[abr][12]\.weight|glora_\w+|on_input|lora_embedding_[AB]|ia3_l)(?:\.|$)"
@@ -66,8 +67,13 @@ def load(path: str | Path, *, name: str | None = None, strict: bool = False) -> 
     metadata = files.read_metadata(path)
     tensors = files.read_tensors(path)
     modules, strange = group(tensors)
+    beside = _peft_config(path)
+    try:
+        modules = placed(modules, metadata, beside)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
     spelled = detect(tensors).family or from_metadata(metadata)
-    deltas, biases, reasons = _changes(modules, spelled, Scalings(metadata, _peft_config(path)))
+    deltas, biases, reasons = _changes(modules, spelled, Scalings(metadata, beside))
     unmatched = tuple(strange + reasons)
     if not deltas and not biases:
         raise AdapterError(_nothing(path, tensors, unmatched))

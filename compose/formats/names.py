@@ -21,7 +21,7 @@ _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.(?!weight$)
 _NORM_SCALE = re.compile(r"(?P<module>.+\.(?:query|key)_norm)\.scale")
 _OTHER = re.compile(
     r"(?P<module>.+?)(?:[._]lora)?\.(?P<part>alpha|dora_scale|lora_mid\.weight|lokr_w[12](?:_[ab])?|lokr_t2"
-    r"|hada_w[12]_[ab]|hada_t[12]|diff|diff_b|w_norm|b_norm|shira_weight|shira_indices|shira_shape)"
+    r"|hada_w[12]_[ab]|hada_t[12]|diff|diff_b|w_norm|b_norm|shira_weight|shira_gaps|shira_indices|shira_shape)"
 )
 _SIDES = {"lora_A": "down", "lora_down": "down", "down": "down", "lora_B": "up", "lora_up": "up", "up": "up"}
 _RENAMED = {"lora_mid.weight": "mid", "w_norm": "diff", "b_norm": "diff_b"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,17 +12,16 @@ import torch
 from torch import Tensor
 
 from compose.adapter import Adapter, Delta, Dense, LowRank, Sparse
+from compose.digest import write_atomic
 from compose.errors import AdapterError, unknown
-from compose.formats import files
+from compose.formats import files, sparse
 from compose.formats.bfl import Split, Target, kohya_names
 from compose.formats.unet import diffusers_to_sgm
 
 FORMATS = ("diffusers", "peft", "kohya")
 _KOHYA_TEXT = {"text_encoder": "lora_te_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
-_OLD_KEYS = (
-    "lora_adapter_metadata",
-    "format",
-)  # describe the file an adapter came from, not the one being written
+# these describe the file an adapter came from, not the one being written
+_OLD_KEYS = ("lora_adapter_metadata", "format", sparse.HEADER)
 
 
 def save(
@@ -49,7 +47,20 @@ def save(
         tensors = {
             key: value if key.endswith(".alpha") else _cast(value, dtype) for key, value in tensors.items()
         }
-    return files.write_tensors(tensors, path, header | own)
+    written = files.write_tensors(tensors, path, header | own)
+    if to == "peft" and sparse.HEADER in own and written.name == "adapter_model.safetensors":
+        _write_peft_config(adapter, written.with_name("adapter_config.json"))
+    return written
+
+
+def _write_peft_config(adapter: Adapter, path: Path) -> None:
+    """The config that peft wants beside a SHiRA file."""
+    deltas = {site.partition(".")[2]: delta for site, delta in adapter.deltas.items()}
+    config = sparse.peft_parts(deltas)[1] | {"target_modules": sorted(deltas)}
+    try:
+        write_atomic(path, json.dumps(config, indent=2).encode())
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _refuse_lazy(adapter: Adapter, to: str) -> None:
@@ -88,10 +99,11 @@ def _scaled_up(delta: LowRank) -> Tensor:
 def _diffusers(adapter: Adapter, to: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, dict[str, int]] = defaultdict(dict)
+    scattered: dict[str, Sparse] = {}
     for site, delta in adapter.deltas.items():
         key = f"base_model.model.{site.partition('.')[2]}" if to == "peft" else site
         if isinstance(delta, Sparse):
-            tensors |= _sparse(key, delta)
+            scattered[key] = delta
             continue
         tensors |= {f"{key}.lora_A.weight": delta.down, f"{key}.lora_B.weight": _scaled_up(delta)}
         component, _, path = site.partition(".")
@@ -110,7 +122,19 @@ def _diffusers(adapter: Adapter, to: str) -> tuple[dict[str, Tensor], dict[str, 
     flat = {
         f"{component}.{key}": value for component, config in configs.items() for key, value in config.items()
     }
-    return tensors, {"lora_adapter_metadata": json.dumps(flat, sort_keys=True)} if flat else {}
+    header = {"lora_adapter_metadata": json.dumps(flat, sort_keys=True)} if flat else {}
+    if scattered:
+        parts, header[sparse.HEADER] = _scattered(scattered, adapter, to)
+        tensors |= parts
+    return tensors, header
+
+
+def _scattered(deltas: Mapping[str, Sparse], adapter: Adapter, to: str) -> tuple[dict[str, Tensor], str]:
+    if to == "peft" and len(deltas) < len(adapter.deltas):
+        raise AdapterError(f"{adapter.name} is sparse in part only, which peft cannot hold: write diffusers")
+    if to == "peft":
+        return sparse.peft_parts(deltas)[0], sparse.header(deltas)
+    return sparse.parts_of(deltas, adapter.metadata)
 
 
 def _peft_config(ranks: Mapping[str, int], bias: bool) -> dict[str, object]:
@@ -139,14 +163,6 @@ def _exactly(paths: Iterable[str]) -> str:
     """
     names = (re.escape(path.removeprefix("text_model.")) for path in sorted(paths))
     return rf"^(?:text_model\.)?(?:{'|'.join(names)})"
-
-
-def _sparse(key: str, delta: Sparse) -> dict[str, Tensor]:
-    columns = math.prod(delta.shape[1:])
-    index = delta.index.long()
-    pair = torch.stack([index // columns, index % columns]).to(torch.int32)
-    shape = torch.tensor([delta.shape[0], columns], dtype=torch.int32)
-    return {f"{key}.shira_weight": delta.value, f"{key}.shira_indices": pair, f"{key}.shira_shape": shape}
 
 
 def _kohya(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -211,7 +211,7 @@ def test_sparse_indices_outside_the_weight_are_not_taken(read):
     parts = under(
         SITE, shira_weight=draw(1), shira_indices=torch.tensor([[0], [6]]), shira_shape=torch.tensor([10, 6])
     )
-    with pytest.raises(AdapterError, match="do not fit 10 x 6"):
+    with pytest.raises(AdapterError, match="outside 10 x 6"):
         read(parts)
 
 
