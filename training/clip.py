@@ -17,8 +17,8 @@ from transformers import CLIPTokenizer
 
 from . import loop
 from .data import captions
+from .data.pictures import STYLES
 from .data.scenes import Captioned, Composer, Laid, Pictures, Sampler
-from .data.pictures import STYLE, STYLES
 from .tokenizer import CLIP_LENGTH
 
 NAME = "compose-clip"

@@ -1,0 +1,83 @@
+"""What retrieval needs beside the bundled CLIP: what the base draws by itself, the threshold under which nothing is
+chosen, and the starter library's vectors. Run once after the CLIP and the starter adapters are final:
+
+    python -m compose.training.shelf
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from compose.assets import ADAPTERS, BASE, CLIP
+from compose.bases import BUNDLED
+from compose.retrieval.card import Card
+from compose.retrieval.clip import Clip
+from compose.retrieval.index import Index, write_seed
+from compose.retrieval.library import Library
+from compose.retrieval.select import calibrate, known_cards, load_scoring, save_known, save_scoring, scores
+
+from .data import captions
+from .data.concepts import BASE_STYLES, COLOR_NAMES, Concept, load_concepts
+from .data.pictures import STYLE
+
+PROMPTS = 300  # of each sort, for the threshold
+
+
+def known() -> list[Card]:
+    """The base's own concepts, styles and colours as cards."""
+    cards = [Card(name=c.label, tags=c.names[1:]) for c in load_concepts().values() if c.part == "base"]
+    for name in BASE_STYLES:
+        first, *others = STYLE[name].phrases
+        cards.append(Card(name=f"{first} style", tags=(first, *others, *(f"{other} style" for other in others))))
+    return cards + [Card(name=f"{color} background", tags=(color,)) for color in COLOR_NAMES]
+
+
+def prompts(concepts: Sequence[Concept], count: int, seed: int) -> list[tuple[str, Concept]]:
+    """Scene captions of one concept each, under any of its names."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        concept = rng.choice(concepts)
+        ground = captions.Ground(top=(color := rng.choice(COLOR_NAMES)), bottom=color)
+        thing = captions.with_article(captions.name_of(concept, rng, plain=0.3), rng)
+        found.append((captions.assemble(thing, rng.choice(BASE_STYLES), ground if rng.random() < 0.7 else None, rng), concept))
+    return found
+
+
+def threshold(clip: Clip, seed: int = 5) -> float:
+    """The score that parts prompts that need a zoo adapter from prompts that need none."""
+    concepts = load_concepts().values()
+    zoo, base = ([c for c in concepts if c.part == part] for part in ("zoo", "base"))
+    with tempfile.TemporaryDirectory() as folder:
+        library = Library.open(Path(folder))
+        library.add_cards([Card(name=c.label, family=BUNDLED, role="concept", triggers=(c.label,), tags=c.tags) for c in zoo])
+        index, scoring = Index(None, clip), load_scoring(clip.folder)
+        asked = prompts(zoo, PROMPTS, seed)
+        wanted = [
+            next((choice.score for choice in ranked if choice.card.name == concept.label), 0.0)
+            for ranked, (_, concept) in zip(scores([p for p, _ in asked], library, BUNDLED, index, scoring), asked, strict=True)
+        ]
+        plain = scores([p for p, _ in prompts(base, PROMPTS, seed + 1)], library, BUNDLED, index, scoring)
+    return calibrate(wanted, [ranked[0].score if ranked else 0.0 for ranked in plain], none_share=0.96)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clip", type=Path, default=CLIP)
+    parser.add_argument("--base", type=Path, default=BASE)
+    parser.add_argument("--adapters", type=Path, default=ADAPTERS)
+    args = parser.parse_args()
+    print(save_known(known(), BUNDLED, args.clip))
+    clip = Clip.load(args.clip, args.base)
+    scoring = replace(load_scoring(args.clip), threshold=threshold(clip))
+    print(save_scoring(scoring, args.clip), f"threshold {scoring.threshold:.3f}")
+    print(write_seed([*Library.open(starter=args.adapters).starter, *known_cards(args.clip)], clip))
+
+
+if __name__ == "__main__":
+    main()
