@@ -35,10 +35,18 @@ NOTHING = Mix()
 
 
 class FeatureCache(Protocol):
-    """Keeps deep features per branch. `branch` surrounds one denoiser pass: `key` is the branch's key with the ordinal
-    of the call within its step and everything that the features depend on; `reuse` asks for kept ones."""
+    """Keeps deep features per branch; compose.cache.FeatureCache is one.
 
-    def branch(self, denoiser: nn.Module, key: Hashable, reuse: bool) -> AbstractContextManager[None]: ...
+    `branch` surrounds one denoiser pass and gets two values for each of its rows: the slot (branch, ordinal of the call
+    within its step, row) and the state, which changes with all that the features depend on: mix, gate, areas, text,
+    adapters, picture. `reuse` asks for kept features; `clear` frees them.
+    """
+
+    def branch(
+        self, denoiser: nn.Module, slots: Sequence[Hashable], states: Sequence[Hashable], reuse: bool
+    ) -> AbstractContextManager[None]: ...
+
+    def clear(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +131,10 @@ class Composition:
 
     def _check(self) -> None:
         refuse_loaded([self.denoiser, *self._text_encoders()])
+        if self._cache is not None and getattr(self.denoiser, "is_cache_enabled", False):
+            raise BackendError(
+                "this denoiser has a cache of diffusers' enabled; call its disable_cache(), or give no cache here"
+            )
         self._sites = sites_of(self.pipe)
         check_adapters(self._adapters, self._sites)
         self._check_patterns()
@@ -190,15 +202,23 @@ class Composition:
         self._check_plans()
         self._clock = Clock(self.pipe.scheduler, self._to_timestep)
         self._ordinal = 0  # of the denoiser call within its step
-        self._picture = 0  # of the run: kept features never outlive it
+        self._age = 0  # kept features outlive neither the picture nor adapters, policies and text
         self._renew()
         self._route()
 
     def _renew(self) -> None:
         """Forget what belongs to earlier adapters and policies."""
+        self._forget()
         self._texts = Texts()
         self._geometry = Geometry(self.layout, self._areas())
         self._step_caches: dict[str, Hashable] = {}
+
+    def _forget(self) -> None:
+        """Kept features are of the past: another picture, other adapters, another policy."""
+        self._age += 1
+        self._seen: dict[int, Any] = {}
+        if self._cache is not None:
+            self._cache.clear()
 
     def _job(self, components: Sequence[str], budget: Budget, mixed: bool) -> Job:
         sites = self._sites.of(components)
@@ -228,6 +248,8 @@ class Composition:
                 backend.detach()
         finally:
             self._takeover.restore()
+            if self._cache is not None:
+                self._cache.clear()
             if getattr(self.denoiser, "is_cache_enabled", False):
                 self.denoiser._reset_stateful_cache()
 
@@ -303,7 +325,7 @@ class Composition:
             self._takeover.check_thread()
             self._clock.reset()
             self._ordinal = 0
-            self._picture += 1
+            self._forget()
             return set_timesteps(*args, **kwargs)
 
         return starting
@@ -335,11 +357,21 @@ class Composition:
         step = self._clock.now(call[_timestep_name(self.layout)])
         plans = [self._plan(step, picture) for picture in range(self.pictures)]
         ordinal, self._ordinal = self._ordinal, self._ordinal + 1
+        if self._cache is not None:
+            self._watch_text(call, ordinal)
         positive = self._positive(total, ordinal)
         outputs = [(each, self._run(original, call, each, ordinal)) for each in self._passes(plans, positive)]
         if len(outputs) == 1 and all(branch.share == 1 for branch in outputs[0][0].branches):
             return outputs[0][1]
         return self._summed(call, total, outputs)
+
+    def _watch_text(self, call: Mapping[str, Any], ordinal: int) -> None:
+        """Features kept under another text are of the past: a step callback may exchange the prompt."""
+        text = [part for name in self.layout.text for part in _tensors(call.get(name))]
+        before = self._seen.setdefault(ordinal, text)
+        if not _equal(text, before):
+            self._forget()
+        self._seen[ordinal] = text
 
     def _summed(self, call: Mapping[str, Any], total: int, outputs: Sequence[tuple[Pass, Any]]) -> Any:
         added = call_rows.Sum(total)
@@ -431,7 +463,9 @@ class Composition:
         mixes = tuple(_identity(branch) for branch in each.branches)
         key = (each.branches[0].key, ordinal, each.rows)
         if self._cache is not None:
-            return self._cache.branch(self.denoiser, (self._picture, *key, mixes), each.branches[0].reuse)
+            slots = [(branch.key, ordinal, row) for row, branch in zip(each.rows, each.branches, strict=True)]
+            states = [(self._age, mix) for mix in mixes]
+            return self._cache.branch(self.denoiser, slots, states, each.branches[0].reuse)
         if not getattr(self.denoiser, "is_cache_enabled", False):
             return nullcontext()
         name = f"compose {key}"
@@ -443,6 +477,23 @@ class Composition:
 
 def _identity(branch: Branch) -> Hashable:
     return (branch.key, branch.mix.key(), None if branch.text is None else branch.text.key())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a tensor, a list or a dict."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Equal shapes and numbers; the same objects are not read."""
+    return len(some) == len(others) and all(
+        a is b or (a.shape == b.shape and torch.equal(a, b.to(a.device)))
+        for a, b in zip(some, others, strict=True)
+    )
 
 
 def _timestep_name(layout: Layout) -> str:

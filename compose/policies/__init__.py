@@ -11,7 +11,9 @@ from typing import Any
 
 from compose.errors import RequestError, unknown
 from compose.plan import Policy, Weight
+from compose.policies.auto import Auto
 from compose.policies.blocks import Blocks
+from compose.policies.cached import Cached
 from compose.policies.composite import Composite
 from compose.policies.merge import Merge
 from compose.policies.regions import Regions
@@ -22,9 +24,23 @@ POLICIES: dict[str, type[Policy]] = {
     "merge": Merge,
     "switch": Switch,
     "composite": Composite,
+    "cached": Cached,
     "regions": Regions,
+    "auto": Auto,
 }
-__all__ = ["POLICIES", "Blocks", "Composite", "Merge", "Regions", "Schedule", "Switch", "make", "window"]
+__all__ = [
+    "POLICIES",
+    "Auto",
+    "Blocks",
+    "Cached",
+    "Composite",
+    "Merge",
+    "Regions",
+    "Schedule",
+    "Switch",
+    "make",
+    "window",
+]
 
 
 def make(name: str, weights: Mapping[str, Weight], **options: Any) -> Policy:

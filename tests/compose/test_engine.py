@@ -449,13 +449,18 @@ def test_a_feature_cache_surrounds_each_branch_and_is_asked_for_when_missing():
     seen = []
 
     class Cache:
-        def branch(self, denoiser, key, reuse):
-            seen.append((key, reuse))
+        def branch(self, denoiser, slots, states, reuse):
+            seen.append(((*slots, *states), reuse))
             return torch.no_grad()
+
+        def clear(self):
+            seen.append(None)
 
     with composed(pipe, adapters, Reusing(weights={"a": 1.0}), "torch", cache=Cache()):
         latents(pipe)
         latents(pipe)
+    assert seen[-1] is None  # cleared on leaving
+    seen = [each for each in seen if each is not None]
     assert [reuse for _, reuse in seen] == [False, True] * 2
     keys = [key for key, _ in seen]
     assert keys[0] == keys[1] != keys[2] == keys[3]
