@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from compose.errors import RequestError, unknown
 from compose.plan import Policy, Weight
@@ -52,4 +53,25 @@ def make(name: str, weights: Mapping[str, Weight], **options: Any) -> Policy:
     for option in options:
         if option not in known:
             raise RequestError(f"policy '{name}': " + unknown("option", option, known or ["(none)"]))
+        _check_option(name, option, options[option], get_type_hints(kind)[option])
     return kind(weights=weights, **options)
+
+
+def _check_option(policy: str, option: str, value: Any, hint: Any) -> None:
+    """Options come from command lines and from strangers over HTTP: refuse a value of the wrong kind by name."""
+    if not _fits(value, hint):
+        said = getattr(hint, "__name__", None) or str(hint)
+        raise RequestError(f"policy '{policy}': {option} is {value!r}, which is no {said}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(
+            _fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items()
+        )
+    return isinstance(value, hint) if isinstance(hint, type) else True
