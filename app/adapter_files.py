@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,19 +120,36 @@ def chosen_dtype(args: argparse.Namespace, adapters: Iterable[Adapter]) -> torch
 
 
 def origin(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, str]:
-    """Header entries of an adapter made from others: where it comes from, and their triggers, tags and licences."""
+    """Header entries of an adapter made from others: where it comes from, and what a card says of all of them."""
+    from compose.formats import family_told
+    from compose.retrieval.sidecars import several
+
     adapters = list(adapters)
     sources = [{"name": a.name, "weight": weight, "sha256": a.sha256} for a, weight in adapters]
-    header = {"compose.made_from": json.dumps(sources)}
-    for key, other, joint in (
-        ("compose.trigger", "modelspec.trigger_phrase", ", "),
-        ("compose.tags", "modelspec.tags", ", "),
-        ("compose.licence", "modelspec.license", " AND "),
-    ):
-        values = [a.metadata.get(key) or a.metadata.get(other) or "" for a, _ in adapters]
-        if joined := joint.join(dict.fromkeys(value for value in values if value)):
-            header[key] = joined
-    return header
+    headers = [a.metadata for a, _ in adapters]
+    tags = dict.fromkeys(tag for value in _values(headers, "tags", "tags") for tag in several(value))
+    entries = {
+        "made_from": json.dumps(sources),
+        "family": _agreed(family_told(a) for a, _ in adapters),
+        "role": _agreed(header.get("compose.role", "") for header in headers),
+        "trigger": ", ".join(_values(headers, "trigger", "trigger_phrase")),
+        "description": " ".join(_values(headers, "description", "description")),
+        "tags": ", ".join(tags),
+        "licence": " AND ".join(_values(headers, "licence", "license")),
+    }
+    return {f"compose.{key}": value for key, value in entries.items() if value}
+
+
+def _values(headers: Iterable[Mapping[str, str]], ours: str, modelspec: str) -> list[str]:
+    """What the headers say under our key, or else under ModelSpec's; each once."""
+    found = (h.get(f"compose.{ours}") or h.get(f"modelspec.{modelspec}") or "" for h in headers)
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def _agreed(values: Iterable[str]) -> str:
+    """The one value that all share, or nothing."""
+    different = set(values)
+    return different.pop() if len(different) == 1 else ""
 
 
 def check_share(energy: float | None, rank: int | None) -> None:

@@ -209,19 +209,19 @@ def _own(metadata: Mapping[str, str]) -> Facts:
     return {
         "family": metadata.get("compose.family"),
         "role": role if role in ROLES else None,
-        "triggers": _several(metadata.get("compose.trigger", "")),
+        "triggers": several(metadata.get("compose.trigger", "")),
         "description": metadata.get("compose.description"),
-        "tags": _several(metadata.get("compose.tags", "")),
+        "tags": several(metadata.get("compose.tags", "")),
         "licence": licence_id(metadata.get("compose.licence", "")),
     }
 
 
 def _modelspec(metadata: Mapping[str, str]) -> Facts:
     """Stability's ModelSpec 1.0 keys."""
-    tags = _several(metadata.get("modelspec.tags", ""))
+    tags = several(metadata.get("modelspec.tags", ""))
     return {
         "family": family_of_name(metadata.get("modelspec.architecture", "")),
-        "triggers": _several(metadata.get("modelspec.trigger_phrase", "")),
+        "triggers": several(metadata.get("modelspec.trigger_phrase", "")),
         "description": plain_text(metadata.get("modelspec.description", "")),
         "tags": tags,
         "licence": licence_id(metadata.get("modelspec.license", "")),
@@ -285,9 +285,9 @@ def _hand_written(entry: Mapping[str, Any]) -> Facts:
     return {
         "family": family_of_name(str(entry.get("family") or entry.get("sd version") or "")),
         "role": role if role in ROLES else None,
-        "triggers": _several(entry.get("triggers") or entry.get("activation text") or ""),
+        "triggers": several(entry.get("triggers") or entry.get("activation text") or ""),
         "description": plain_text(str(entry.get("description") or "")),
-        "tags": _several(entry.get("tags") or ""),
+        "tags": several(entry.get("tags") or ""),
         "licence": licence_id(str(entry.get("licence") or entry.get("license") or "")),
         "metadata": _named("compose.weight", entry.get("preferred weight") or entry.get("weight")),
     }
@@ -305,7 +305,7 @@ def _model_card(text: str) -> Facts:
     bases = " ".join(str(base) for base in _list(front.get("base_model")))
     return {
         "family": family_of_name(bases),
-        "triggers": _several(front.get("instance_prompt") or ""),
+        "triggers": several(front.get("instance_prompt") or ""),
         "description": _prose(match[2] if match else text),
         "tags": tags,
         "licence": licence_id(str(front.get("license_name") or front.get("license") or "")),
@@ -368,7 +368,7 @@ def plain_text(text: str) -> str:
     return re.sub(r"(\s*\.){2,}", ".", folded)[:2000]
 
 
-def _several(value: Any) -> list[str]:
+def several(value: Any) -> list[str]:
     """A list of texts from a list, a JSON list, or a comma-separated text."""
     if isinstance(value, str):
         parsed = _json_text(value) if value.lstrip().startswith("[") else None

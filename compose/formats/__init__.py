@@ -9,7 +9,7 @@ from compose.formats.files import read_metadata, resolve
 from compose.formats.kinds import dense, shape_of
 from compose.formats.load import Report, load, report
 from compose.formats.names import canonical
-from compose.formats.save import save
+from compose.formats.save import family_told, save
 
 __all__ = [
     "FAMILIES",
@@ -18,6 +18,7 @@ __all__ = [
     "canonical",
     "dense",
     "detect",
+    "family_told",
     "load",
     "read_metadata",
     "report",

@@ -16,6 +16,7 @@ from compose.digest import write_atomic
 from compose.errors import AdapterError, unknown
 from compose.formats import files, sparse
 from compose.formats.bfl import Split, Target, kohya_names
+from compose.formats.family import FAMILIES
 from compose.formats.unet import diffusers_to_sgm
 
 FORMATS = ("diffusers", "peft", "kohya")
@@ -42,7 +43,7 @@ def save(
     _refuse_lazy(adapter, to)
     header = {key: value for key, value in adapter.metadata.items() if key not in _OLD_KEYS}
     tensors, own = _kohya(adapter) if to == "kohya" else _diffusers(adapter, to)
-    own |= {"format": "pt", "compose.family": adapter.family} | dict(metadata or {})
+    own |= {"format": "pt", "compose.family": family_told(adapter)} | dict(metadata or {})
     if dtype is not None:
         tensors = {
             key: value if key.endswith(".alpha") else _cast(value, dtype) for key, value in tensors.items()
@@ -51,6 +52,12 @@ def save(
     if to == "peft" and sparse.HEADER in own and written.name == "adapter_model.safetensors":
         _write_peft_config(adapter, written.with_name("adapter_config.json"))
     return written
+
+
+def family_told(adapter: Adapter) -> str:
+    """The family for a header: a base that shares its keys with a larger family is known by the old header alone."""
+    told = adapter.metadata.get("compose.family", "")
+    return adapter.family if told in ("", *FAMILIES) else told
 
 
 def _write_peft_config(adapter: Adapter, path: Path) -> None:

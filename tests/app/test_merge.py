@@ -112,6 +112,24 @@ def test_header_keeps_origin_triggers_and_licences(files):
     ]
 
 
+def test_the_header_of_a_sum_says_what_its_parts_agree_on(files):
+    for name, tags, role in (
+        ("x", '["ink", "dog"]', "concept"),
+        ("y", "dog, red", "concept"),
+        ("z", "", "style"),
+    ):
+        header = {"tags": tags, "role": role, "family": "compose-mini", "description": f"{name} here."}
+        write(
+            files / f"{name}.safetensors", metadata={f"compose.{key}": text for key, text in header.items()}
+        )
+    main(["merge", "x.safetensors", "y.safetensors", "--out", "c.safetensors"])
+    main(["merge", "x.safetensors", "z.safetensors", "--out", "d.safetensors"])
+    agreed, mixed = (safe_open(files / f"{name}.safetensors", "pt").metadata() for name in "cd")
+    assert agreed["compose.tags"] == "ink, dog, red" and agreed["compose.description"] == "x here. y here."
+    assert agreed["compose.role"] == "concept" and agreed["compose.family"] == "compose-mini"
+    assert "compose.role" not in mixed and mixed["compose.family"] == "compose-mini"
+
+
 def test_adapters_are_found_by_library_name(files):
     Library.open().add(files / "a.safetensors")
     assert main(["merge", "a:2", "--out", "c.safetensors"]) == 0
