@@ -1,0 +1,307 @@
+"""Several adapters of any ranks on one linear layer, stacked along the rank: y += ((x @ down.T) * scale) @ up.T.
+
+Weights are read from a device tensor, so that they change without a compile and under a captured graph. Every
+function is a torch operator with a fake implementation where torch compiles, and a plain call elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compose.kernels.choice import CHOICES, TORCH, Tile
+from compose.kernels.lora_mix import triton as launch
+from compose.kernels.support import (
+    KernelError,
+    check_like,
+    check_served,
+    check_shape,
+    check_unit_stride,
+    on_device_of,
+)
+
+__all__ = ["expand_", "linear", "lora_mix", "mix_linear", "shrink"]
+BUCKET = 256  # tokens that share a choice
+SMALL = (Tile("triton", 32, 32, 32),)  # all that the CPU's interpreter needs
+SHRINKS = (
+    TORCH,
+    Tile("triton", 64, 0, 128, 4, 3, 1),
+    Tile("triton", 128, 0, 64, 8, 4, 2),
+    Tile("triton", 128, 0, 64, 8, 4, 4),
+    Tile("triton", 64, 0, 128, 4, 3, 8),
+    Tile("triton", 16, 0, 256, 4, 3, 1),
+)
+EXPANDS = (
+    TORCH,
+    Tile("triton", 64, 128, 0, 4, 2),
+    Tile("triton", 128, 128, 0, 8, 2),
+    Tile("triton", 64, 256, 0, 8, 2),
+    Tile("triton", 32, 128, 0, 4, 2),
+)
+LINEARS = (TORCH, Tile("triton", 128, 256, 64, 8, 3), Tile("triton", 128, 128, 64, 8, 4))
+
+
+def lora_mix(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> None:
+    """Semantics: y[b] += ((x[b] @ down.T) * scale[b]) @ up.T, in place; the rows b of a call may weigh ranks apart.
+
+    Shape: y (B, .., N), or (.., N) where scale has one row; x (B, .., K); down (R, K); up (N, R); scale (B, R).
+    DType: x, down, up alike, float32, bfloat16 or float16; y any of these; scale float32. Sums in float32.
+    Raises KernelError before any launch, naming the tensor that does not fit.
+    """
+    expand_(y, shrink(x, down, scale), up)
+
+
+def shrink(x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
+    """Semantics: hidden[b] = (x[b] @ down.T) * scale[b].
+
+    Shape: x (B, .., K), or (.., K) where scale has one row; down (R, K); scale (B, R); hidden (B, .., R), x's type.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.lora_compose.shrink(x, down, scale)
+    return _shrink(x, down, scale)
+
+
+def expand_(y: Tensor, hidden: Tensor, up: Tensor) -> None:
+    """Semantics: y += hidden @ up.T, in place, added in float32 before rounding.
+
+    Shape: y (.., N) contiguous; hidden (.., R), its last dimension dense; up (N, R).
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.lora_compose.expand_(y, hidden, up)
+    else:
+        _expand(y, hidden, up)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor) -> Tensor:
+    """Semantics: x @ weight.T + bias + hidden @ up.T.
+
+    Either the library's product and `expand_`, or one product whose last iterations run over the ranks, so that the
+    output is written once and never read: whichever was faster at this shape.
+    Shape: x (.., K); weight (N, K); bias (N,); hidden (.., R); up (N, R); returns (.., N). DType: all alike.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.lora_compose.linear(x, weight, bias, hidden, up)
+    return _linear(x, weight, bias, hidden, up)
+
+
+def mix_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: Tensor
+) -> Tensor:
+    """Semantics: x @ weight.T + bias + ((x @ down.T) * scale) @ up.T, with gradients for x, bias, down and up.
+
+    For training: weight is frozen, scale (1, R) is no parameter. Only x is kept for the backward; the shrink is cheaper
+    to repeat than to keep, and nothing of full width is made beside the output.
+    """
+    if tuple(scale.shape) != (1, down.shape[0]):
+        raise KernelError(f"scale has shape {tuple(scale.shape)}; expected (1, {down.shape[0]})")
+    return _MixLinear.apply(x, weight, bias, down, up, scale)
+
+
+class _MixLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, down, up, scale):
+        return linear(x, weight, bias, shrink(x, down, scale), up)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, down, up, scale = inputs
+        ctx.save_for_backward(x, weight, down, up, scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """With h = scale * (x @ down.T) and dh = scale * (grad @ up): dx = grad @ weight + dh @ down."""
+        x, weight, down, up, scale = ctx.saved_tensors
+        flat, wide = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        hidden = shrink(flat, up.T.contiguous(), scale)
+        need_x, _, need_bias, need_down, need_up, _ = ctx.needs_input_grad
+        return (
+            _input_gradient(flat, weight, hidden, down).view_as(x) if need_x else None,
+            None,
+            flat.sum(0) if need_bias else None,
+            hidden.T @ wide if need_down else None,
+            flat.T @ shrink(wide, down, scale) if need_up else None,
+            None,
+        )
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, hidden: Tensor, down: Tensor) -> Tensor:
+    """grad @ weight by the library, hidden @ down added in place."""
+    total = grad @ weight
+    expand_(total, hidden, down.T.contiguous())
+    return total
+
+
+# what runs: a tile per exact shape, found by checking, then choosing, on the first call
+
+_PLANS: dict[tuple, Tile] = {}
+
+
+def _shrink(x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
+    key = (0, x.shape, x.dtype, x.device, down.shape, down.dtype, scale.shape)
+    tile = _PLANS.get(key)
+    flat = _flat(x)
+    with on_device_of(x):
+        if tile is None:
+            _check_shrink(x, down, scale)
+            tile = _tile(key, SHRINKS, lambda tile: _shrunk(flat, down, scale, tile), x.device)
+        return _shrunk(flat, down, scale, tile).view(*x.shape[:-1], down.shape[0])
+
+
+def _shrunk(x: Tensor, down: Tensor, scale: Tensor, tile: Tile) -> Tensor:
+    if tile.kind == "torch":
+        hidden = F.linear(x, down)
+        rows = hidden.view(scale.shape[0], -1, down.shape[0])
+        torch.mul(rows, scale[:, None], out=rows)
+        return hidden
+    out = torch.empty(x.shape[0], down.shape[0], dtype=x.dtype, device=x.device)
+    launch.launch_shrink(x, down, scale, out, tile)
+    return out
+
+
+def _expand(y: Tensor, hidden: Tensor, up: Tensor) -> None:
+    key = (1, y.shape, y.dtype, y.device, hidden.shape, hidden.dtype, up.shape, up.dtype)
+    tile = _PLANS.get(key)
+    with on_device_of(y):
+        if tile is None:
+            _check_expand(y, hidden, up)
+            waste = torch.empty_like(y) if y.is_cuda else y
+            tile = _tile(key, EXPANDS, lambda tile: _expanded(waste, hidden, up, tile), y.device)
+        if not y.is_contiguous():
+            raise KernelError(f"y of shape {tuple(y.shape)} has strides {y.stride()}; expected it contiguous")
+        _expanded(y, hidden, up, tile)
+
+
+def _expanded(y: Tensor, hidden: Tensor, up: Tensor, tile: Tile) -> None:
+    flat, ranks = y.view(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    if tile.kind == "torch" and y.dtype == up.dtype:
+        flat.addmm_(ranks, up.T)
+    elif tile.kind == "torch":
+        flat.add_(ranks @ up.T)
+    else:
+        launch.launch_expand(flat, ranks, up, tile)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor) -> Tensor:
+    key = (2, x.shape, x.dtype, x.device, weight.shape, weight.dtype, bias is None, hidden.shape, up.shape)
+    tile = _PLANS.get(key)
+    with on_device_of(x):
+        if tile is None:
+            _check_linear(x, weight, bias, hidden, up)
+            tiles = LINEARS if _describable(x, weight) else LINEARS[:1]
+            tile = _tile(key, tiles, lambda tile: _product(x, weight, bias, hidden, up, tile), x.device)
+        return _product(x, weight, bias, hidden, up, tile)
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor, tile: Tile
+) -> Tensor:
+    flat = _flat(x)
+    if tile.kind == "torch" or not _describable(flat, weight):
+        y = F.linear(x, weight, bias)
+        _expand(y, hidden, up)
+        return y
+    y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
+    launch.launch_linear(
+        flat, weight, bias, hidden.reshape(-1, up.shape[1]), up, y.view(-1, y.shape[-1]), tile
+    )
+    return y
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(tokens, K) with a dense last dimension; a view wherever one exists."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _describable(x: Tensor, weight: Tensor) -> bool:
+    """Whether the bulk copy engine can address both: 16-byte aligned starts and rows."""
+    return all(
+        t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and t.stride(0) * t.itemsize % 16 == 0
+        for t in (x.view(-1, x.shape[-1]) if x.is_contiguous() else x, weight)
+        if t.dim() == 2
+    ) and (x.dim() == 2 or x.is_contiguous())
+
+
+def _tile(key: tuple, tiles: tuple[Tile, ...], run, device: torch.device) -> Tile:
+    """The choice for this shape; remembered unless it could not be measured yet."""
+    if device.type == "cpu":
+        return _PLANS.setdefault(key, SMALL[0])
+    kind, (*batch, width) = key[0], key[1]
+    tokens = -(-torch.Size(batch).numel() // BUCKET)
+    sizes = [size for part in key[4:] if isinstance(part, torch.Size) for size in part[-2:]]
+    kept = ("shrink", "expand", "linear")[kind], tokens, width, *sizes, str(key[2])
+    known = CHOICES.get(kept)
+    tile = known or CHOICES.measured(kept, tiles, run, device)
+    if known or CHOICES.get(kept):
+        _PLANS[key] = tile
+    return tile
+
+
+def _check_shrink(x: Tensor, down: Tensor, scale: Tensor) -> None:
+    check_served("x", x)
+    check_shape("down", down, ("R", x.shape[-1]))
+    check_shape("scale", scale, ("B", down.shape[0]))
+    if scale.shape[0] not in (1, x.shape[0]):
+        raise KernelError(
+            f"scale has shape {tuple(scale.shape)}; expected ({x.shape[0]}, {down.shape[0]}), as x has shape "
+            f"{tuple(x.shape)}, or one row"
+        )
+    check_like("down", down, x, "x")
+    check_like("scale", scale, x, "x", dtype=False)
+    if scale.dtype != torch.float32:
+        raise KernelError(f"scale of shape {tuple(scale.shape)} is {scale.dtype}; expected torch.float32")
+    check_unit_stride("down", down)
+    check_unit_stride("scale", scale)
+
+
+def _check_expand(y: Tensor, hidden: Tensor, up: Tensor) -> None:
+    check_served("y", y)
+    check_shape("up", up, (y.shape[-1], hidden.shape[-1]))
+    check_shape("hidden", hidden, (*y.shape[:-1], up.shape[1]))
+    check_like("hidden", hidden, y, "y", dtype=False)
+    check_like("up", up, hidden, "hidden")
+    check_unit_stride("hidden", hidden)
+    check_unit_stride("up", up)
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor) -> None:
+    check_served("x", x)
+    check_shape("weight", weight, ("N", x.shape[-1]))
+    check_shape("up", up, (weight.shape[0], hidden.shape[-1]))
+    check_shape("hidden", hidden, (*x.shape[:-1], up.shape[1]))
+    for name, tensor in (("weight", weight), ("hidden", hidden), ("up", up), ("bias", bias)):
+        if tensor is not None:
+            check_like(name, tensor, x, "x")
+            check_unit_stride(name, tensor)
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],))
+
+
+# operators, for torch.compile
+
+_LIBRARY = torch.library.Library("lora_compose", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_LIBRARY.define("shrink(Tensor x, Tensor down, Tensor scale) -> Tensor", tags=_TAGS)
+_LIBRARY.define("expand_(Tensor(a!) y, Tensor hidden, Tensor up) -> ()", tags=_TAGS)
+_LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor hidden, Tensor up) -> Tensor", tags=_TAGS
+)
+for _name, _run in (("shrink", _shrink), ("expand_", _expand), ("linear", _linear)):
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _run, _key)
+
+
+@torch.library.register_fake("lora_compose::shrink", lib=_LIBRARY)
+def _fake_shrink(x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], down.shape[0])
+
+
+@torch.library.register_fake("lora_compose::expand_", lib=_LIBRARY)
+def _fake_expand(y: Tensor, hidden: Tensor, up: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("lora_compose::linear", lib=_LIBRARY)
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
