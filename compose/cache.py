@@ -164,9 +164,18 @@ def cut_of(denoiser: nn.Module, exact: int | None, kept: Features | None) -> Cut
     if kind not in TRANSFORMERS:
         known = ", ".join(["UNet2DConditionModel", *TRANSFORMERS])
         raise BackendError(f"no feature cache for a {kind}; it knows {known}")
-    blocks = [block for name in TRANSFORMERS[kind] for block in getattr(denoiser, name)]
+    blocks = blocks_of(denoiser)
     first = max(1, round(EXACT_SHARE * len(blocks))) if exact is None else exact
     return TransformerCut(blocks, min(first, len(blocks)), kept)
+
+
+def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
+    """The denoiser's blocks in the order they run; none where its class is not known."""
+    kind = type(denoiser).__name__
+    if kind == "UNet2DConditionModel":
+        mid = [] if denoiser.mid_block is None else [denoiser.mid_block]
+        return [*denoiser.down_blocks, *mid, *denoiser.up_blocks]
+    return [block for name in TRANSFORMERS.get(kind, ()) for block in getattr(denoiser, name)]
 
 
 class TransformerCut:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from compose import rows as call_rows
 from compose.adapter import Adapter
 from compose.backends import BACKENDS, Backend, Budget, Gate, Job, Spread, choose
-from compose.backends.base import check_adapters, refuse_loaded
+from compose.backends.base import check_adapters, refuse_loaded, touched
 from compose.clock import Clock
 from compose.errors import BackendError, ComposeError, RequestError, unknown
 from compose.geometry import Geometry
 from compose.plan import Branch, Context, Mix, Policy, Step, check_plan
+from compose.shared import SharedBase
 from compose.sites import TEXT_ENCODERS, Layout, bind, layout_of, matching, sites_of
 from compose.takeover import Takeover
 from compose.text import Texts
@@ -79,7 +80,8 @@ class Composition:
 
     `backend`: a name in BACKENDS, `auto`, or what makes one; `budget`: room of the fixed buffers; `pictures`: how many pictures a batch holds, where the policy treats them
     differently (one policy per picture says it too); `gates`: by the name a mix uses; `cache`: for branches that
-    reuse features; `context`: what the policy may know; `say`: gets one line per notice.
+    reuse features; `shared` (exact or approximate): the branches of a step run as one batch and share base work;
+    `context`: what the policy may know; `say`: gets one line per notice.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Composition:
         pictures: int | None = None,
         gates: Mapping[str, Gate] | None = None,
         cache: FeatureCache | None = None,
+        shared: str | None = None,
         context: Context | None = None,
         recompile: bool = False,
         say: Callable[[str], None] = log.info,
@@ -102,7 +105,7 @@ class Composition:
         self._forward = type(getattr(self.denoiser, "_orig_mod", self.denoiser)).forward
         self._budget, self._gates, self._cache = budget or Budget(), gates or {}, cache
         self._context, self._recompile, self.say = context or Context(), recompile, say
-        self._pictures = pictures
+        self._pictures, self._asked_shared = pictures, shared
         self._adapters = list(adapters)
         self._set_policy(policy)
         self._asked = backend
@@ -199,6 +202,7 @@ class Composition:
         self.backend.attach(self._job((self.layout.denoiser,), self._budget, self.layout.mixed))
         if self.text_backend is not None:
             self.text_backend.attach(self._job(TEXT_ENCODERS, self._budget, mixed=False))
+        self.shared = self._share_base()
         self._check_plans()
         self._clock = Clock(self.pipe.scheduler, self._to_timestep)
         self._ordinal = 0  # of the denoiser call within its step
@@ -206,9 +210,24 @@ class Composition:
         self._renew()
         self._route()
 
+    def _share_base(self) -> SharedBase | None:
+        """Sharing, where it is asked for and rows of one call may differ; else branches run one after the other."""
+        if self._asked_shared is None:
+            return None
+        shared = SharedBase(self.denoiser, self._asked_shared)
+        reason = ""
+        if self.text_backend is not None:
+            reason = "adapters of text encoders give each branch its own text"
+        elif self.backend.rows == 1:
+            reason = "this backend or model carries one mix per call"
+        if reason:
+            self.say(f"no shared base work: {reason}")
+        return None if reason else shared
+
     def _renew(self) -> None:
         """Forget what belongs to earlier adapters and policies."""
         self._forget()
+        self._reached = {id(self._sites[name].module) for name in touched(self._adapters, self._sites)}
         self._texts = Texts()
         self._geometry = Geometry(self.layout, self._areas())
         self._step_caches: dict[str, Hashable] = {}
@@ -216,6 +235,8 @@ class Composition:
     def _forget(self) -> None:
         """Kept features are of the past: another picture, other adapters, another policy."""
         self._age += 1
+        if self.shared is not None:
+            self.shared.forget()
         self._seen: dict[int, Any] = {}
         if self._cache is not None:
             self._cache.clear()
@@ -396,13 +417,16 @@ class Composition:
         return [*negatives, *[True] * (total - len(negatives))]
 
     def _passes(self, plans: Sequence[Sequence[Branch]], positive: Sequence[bool]) -> Iterator[Pass]:
-        """The n-th branches of all rows together, as far as the backend can carry their mixes in one call."""
+        """The n-th branches of all rows together (all branches, where base work is shared), as far as the backend can
+        carry their mixes in one call."""
         total = len(positive)
+        every = range(max(map(len, plans)))
         if total % self.pictures:
             raise RequestError(f"a batch of {total} rows cannot hold {self.pictures} pictures; set pictures=")
-        for n in range(max(map(len, plans))):
+        for together in [every] if self.shared is not None else [[n] for n in every]:
             chosen = [
                 (row, plans[row % self.pictures][n])
+                for n in together
                 for row in range(total)
                 if n < len(plans[row % self.pictures])
             ]
@@ -436,8 +460,15 @@ class Composition:
         same = len({mix.key() for mix in mixes}) == 1
         spread = self._spread(call, each.rows[0], ordinal) if mixes[0].mask else None
         self.backend.apply(mixes[:1] if same else mixes, spread)
-        with self._caching(each, ordinal):
+        with self._caching(each, ordinal), self._sharing(each):
             return original(**chosen)
+
+    def _sharing(self, each: Pass) -> AbstractContextManager[None]:
+        return nullcontext() if self.shared is None else self.shared.over(each.rows, self._is_touched)
+
+    def _is_touched(self, block: nn.Module) -> bool:
+        """Whether an adapter may act on any layer of this block."""
+        return any(id(module) in self._reached for module in block.modules())
 
     def _in_words(self, call: Mapping[str, Any], each: Pass) -> Mapping[str, Any]:
         """The call with the text of these rows as their branches have it encoded."""
