@@ -14,6 +14,7 @@ from compose.adapter import Adapter, Dense, LowRank, Sparse
 from compose.errors import AdapterError, BackendError, unknown
 from compose.plan import Mix, Weight
 from compose.sites import Site, Sites, matching
+from compose.sparse import flaw
 
 Gate = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 """(site, input, base output, weighted deltas (adapters, *output shape)) -> output."""
@@ -138,6 +139,8 @@ def _check_delta(adapter: str, site: Site, delta: LowRank | Sparse | Dense) -> N
             f"adapter '{adapter}' does not fit this base: at {site.name} it changes a weight of shape "
             f"{delta_shape(delta)}, the base has {site.shape}"
         )
+    if isinstance(delta, Sparse) and (problem := flaw(delta)):
+        raise AdapterError(f"adapter '{adapter}' is damaged at {site.name}: {problem}")
     tensors = (delta.value,) if isinstance(delta, Sparse) else (delta.up, delta.down)
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise AdapterError(f"adapter '{adapter}' has NaN or infinite weights at {site.name}; it is damaged")

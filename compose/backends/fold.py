@@ -1,7 +1,8 @@
 """The fold backend: adapters folded into the weights themselves, so that a step costs what the base costs.
 
 Every touched weight is kept as it was; folding writes `kept + sum of weight * delta` in one pass over the kept copy,
-whatever was folded before, and unfolding copies it back, so nothing drifts and the base returns bit for bit.
+whatever was folded before, and unfolding copies it back, so nothing drifts and the base returns bit for bit. Of weights
+that only sparse adapters touch, the touched entries alone are kept and overwritten.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from compose.backends.base import (
     touched,
     weights_elsewhere,
 )
+from compose.backends.entries import Entries, collisions
 from compose.errors import BackendError
 from compose.plan import Mix
 
@@ -45,27 +47,70 @@ class FoldBackend:
 
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
+        self._entries: dict[str, Entries] = {}
+        self._attached: set[str] = set()
         self._folded: Hashable = None
 
     def attach(self, job: Job) -> None:
-        """Copy every touched weight, after saying how large the copies are and where they will lie."""
+        """Keep what will be overwritten, after saying how large the copies are and where they will lie."""
         self.job = job
         names = touched(job.adapters, job.sites)
         reason = weights_elsewhere(job.roots)
         if reason is not None:
             raise BackendError(
-                f"the weights are {reason}, so nothing can be folded into them; use backend 'torch'"
+                f"the weights are {reason}, so nothing can be folded into them; {self._instead()}"
             )
         for name in names:
-            _check_foldable(name, job.sites[name].module)
+            self._check_foldable(name)
         self._check_biases(names)
         self._check_shared(names)
-        where = self._place(names)
-        job.say(f"fold keeps a copy of {len(names)} weights, {self._size(names) / MIB:.1f} MiB, on {where}")
-        for name in names:
-            module = job.sites[name].module
+        self._attached = set(names)
+        self._keep(names)
+
+    def _keep(self, names: Sequence[str]) -> None:
+        scattered = [name for name in names if self._is_sparse(name)]
+        whole = [name for name in names if name not in set(scattered)]
+        where = self._place(whole)
+        if whole or not scattered:
+            size = self._size(whole) / MIB
+            self.job.say(f"fold keeps a copy of {len(whole)} weights, {size:.1f} MiB, on {where}")
+        for name in whole:
+            module = self.job.sites[name].module
             bias = None if module.bias is None else _copy(module.bias, where)
             self._kept[name] = _Kept(_copy(module.weight, where), bias)
+        for name in scattered:
+            found = {a.name: self.job.find(a.deltas, name) for a in self.job.adapters}
+            deltas = {adapter: delta for adapter, delta in found.items() if delta is not None}
+            self._entries[name] = Entries(self.job.sites[name].module, deltas)
+        if scattered:
+            self.job.say(self._told())
+
+    def _is_sparse(self, name: str) -> bool:
+        """Whether nothing but sparse deltas touches the site, in a weight whose entries lie in order."""
+        adapters, weight = self.job.adapters, self.job.sites[name].module.weight
+        deltas = [delta for a in adapters if (delta := self.job.find(a.deltas, name)) is not None]
+        biased = any(self.job.find(a.biases, name) is not None for a in adapters)
+        return weight.is_contiguous() and not biased and all(isinstance(delta, Sparse) for delta in deltas)
+
+    def _told(self) -> str:
+        entries = list(self._entries.values())
+        count, size = sum(each.count for each in entries), sum(each.nbytes for each in entries) / MIB
+        line = f"fold keeps {count:,} entries of {len(entries)} weights, {size:.1f} MiB, beside them"
+        shared = collisions(entries)
+        names = {a.name for a in self.job.adapters if any(isinstance(d, Sparse) for d in a.deltas.values())}
+        return f"{line}; {shared:,} of them collide" if len(names) > 1 else line
+
+    def _instead(self) -> str:
+        """What to do where nothing can be folded."""
+        bound = [
+            a.name for a in self.job.adapters if any(not isinstance(d, LowRank) for d in a.deltas.values())
+        ]
+        if not bound:
+            return "use backend 'torch'"
+        return (
+            f"adapter '{bound[0]}' is not low-rank and acts in weights alone: load the base unquantised, with "
+            "offload none or model"
+        )
 
     def _size(self, names: Sequence[str]) -> int:
         parts = [
@@ -91,6 +136,13 @@ class FoldBackend:
                         f"adapter '{adapter.name}' changes a bias at {name}, a layer without one; use backend 'torch'"
                     )
 
+    def _check_foldable(self, name: str) -> None:
+        kind = quantised(self.job.sites[name].module)
+        if kind is not None:
+            raise BackendError(
+                f"{name} is stored quantised ({kind}), so nothing can be folded into it; {self._instead()}"
+            )
+
     def _check_shared(self, names: Sequence[str]) -> None:
         seen: dict[int, str] = {}
         for name in names:
@@ -102,11 +154,14 @@ class FoldBackend:
 
     def fill(self, adapters: Sequence[Adapter]) -> None:
         """Take these adapters from the next mix on. Sites that were not kept at attach are refused."""
-        new = set(touched(adapters, self.job.sites)) - set(self._kept)
+        names = touched(adapters, self.job.sites)
+        new = set(names) - self._attached
         if new:
             raise BackendError(f"site {min(new)} was not touched when this was attached; compose again")
         self.unfold()
         self.job = self.job.with_adapters(adapters)
+        self._entries = {}
+        self._keep([name for name in names if name not in self._kept])
 
     def check(self, mix: Mix) -> None:
         check_names(mix, self.job.adapters)
@@ -122,15 +177,19 @@ class FoldBackend:
         if mix.key() == self._folded:
             return
         self._folded = None  # an interrupt below must not leave a half-folded model marked as done
-        weights = {name: site_weights(weight, list(self._kept)) for name, weight in mix.weights.items()}
+        names = [*self._kept, *self._entries]
+        weights = {name: site_weights(weight, names) for name, weight in mix.weights.items()}
         with torch.no_grad():
-            for name in self._kept:
+            for name in names:
                 self._fold(
                     name, {adapter: by_site[name] for adapter, by_site in weights.items() if by_site[name]}
                 )
         self._folded = mix.key()
 
     def _fold(self, name: str, weights: dict[str, float]) -> None:
+        if name in self._entries:
+            self._entries[name].write(self._entries[name].of(weights))
+            return
         module, kept = self.job.sites[name].module, self._kept[name]
         acting = [
             (adapter, weights[adapter.name]) for adapter in self.job.adapters if adapter.name in weights
@@ -150,12 +209,15 @@ class FoldBackend:
             _write(module.weight, kept.weight)
             if kept.bias is not None:
                 _write(module.bias, kept.bias)
+        with torch.no_grad():
+            for entries in self._entries.values():
+                entries.restore()
         self._folded = None
 
     def detach(self) -> None:
         """Restore the weights and drop the copies; safe to call after a failed attach."""
         self.unfold()
-        self._kept = {}
+        self._kept, self._entries = {}, {}
 
 
 def folded(weight: Tensor, deltas: Sequence[tuple[LowRank | Sparse | Dense, float]]) -> Tensor:
@@ -183,11 +245,3 @@ def _copy(parameter: nn.Parameter, where: torch.device) -> Tensor:
 
 def _write(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.data.copy_(value)
-
-
-def _check_foldable(name: str, module: nn.Module) -> None:
-    kind = quantised(module)
-    if kind is not None:
-        raise BackendError(
-            f"{name} is stored quantised ({kind}), so nothing can be folded into it; use backend 'torch'"
-        )

@@ -215,7 +215,7 @@ def _recipe(**more):
 )
 def test_damaged_places_are_refused_by_name(change, tmp_path):
     with pytest.raises(
-        AdapterError, match="sparse weights of transformer.transformer_blocks.0.attn.to_q are damaged"
+        AdapterError, match=r"sparse weights of transformer\.transformer_blocks\.0\.attn\.to_q are damaged"
     ):
         load(damaged(tmp_path, change))
 
