@@ -68,7 +68,7 @@ class Index:
         self._file = None if folder is None else folder / "vectors" / f"{clip.sha256[:16]}.faiss"
         seed = clip.folder / seed_name(clip)
         width = clip.words_width + clip.width
-        self._vectors = _read(self._file, width) or _read(seed, width) or _empty(width)
+        self._vectors = _read(self._file, width) or _copied(_read(seed, width), _empty(width)) or _empty(width)
 
     @classmethod
     def open(cls, folder: Path | None = None, clip: Encoder | None = None) -> Index:
@@ -171,8 +171,20 @@ def write_seed(cards: Iterable[Card], clip: Encoder) -> Path:
     for old in clip.folder.glob("vectors-*.faiss"):
         old.unlink()
     path = clip.folder / seed_name(clip)
-    write_atomic(path, faiss.serialize_index(index._vectors).tobytes())
+    width = index._vectors.d
+    half = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    small = _copied(index._vectors, faiss.IndexIDMap2(half))
+    write_atomic(path, faiss.serialize_index(small).tobytes())
     return path
+
+
+def _copied(source: faiss.IndexIDMap2 | None, target: faiss.IndexIDMap2) -> faiss.IndexIDMap2 | None:
+    """`target` with all vectors of `source`, which may keep them in another precision; None without a source."""
+    if source is None:
+        return None
+    if source.ntotal:
+        target.add_with_ids(source.index.reconstruct_n(0, source.ntotal), faiss.vector_to_array(source.id_map))
+    return target
 
 
 def _entries(card: Card) -> list[tuple[int, Text]]:
