@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# From artwork to assets/: the picture set, the judge, and every stage of the bundled base, on one machine with GPUs.
+#   training/reproduce.sh [STAGE ...]        stages: data judge vae clip base pack adapters shelf (all, in this order)
+# GPUS (default: all) processes work together. Each stage goes on from what lies in OUT (default .cache/base).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-.cache/base} ARCHIVE=${ARCHIVE:-.cache/pictures.zip} PHRASES=${PHRASES:-.cache/phrases.safetensors}
+PYTHON=${PYTHON:-.venv/bin/python} GPUS=${GPUS:-$(nvidia-smi -L | wc -l)}
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+mkdir -p "$OUT"
+
+stage() { # one process per GPU
+  "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" -m compose.training.base \
+    --archive "$ARCHIVE" --phrases "$PHRASES" --out "$OUT" --stage "$@"
+}
+
+for name in "${@:-data judge vae clip base pack adapters shelf}"; do
+  for one in $name; do
+    case $one in
+      data)
+        "$PYTHON" -m compose.app.cli data build --out "$ARCHIVE" --phrases "$PHRASES"
+        "$PYTHON" -m compose.training.base --stage tokenizer --phrases "$PHRASES" --out "$OUT" ;;
+      judge) "$PYTHON" -m benchmarks.judge.train --archive "$ARCHIVE" --seconds "${JUDGE_SECONDS:-430}" ;;
+      vae) stage vae --seconds "${VAE_SECONDS:-430}" ;;
+      clip) stage clip --seconds "${CLIP_SECONDS:-170}" ;;
+      base) stage base --batch "${BATCH:-512}" --edit-batch "${EDIT_BATCH:-320}" --cache "${CACHE:-200000}" --edits "${EDITS:-50000}" \
+        --seconds "${BASE_SECONDS:-900}" --pause "${PAUSE:-100000}" --distill-seconds "${DISTILL_SECONDS:-80}" ;;
+      pack) "$PYTHON" -m compose.training.base --stage pack --out "$OUT" && cp -r "$OUT"/assets/* assets/ ;;
+      adapters)
+        for ((i = 0; i < GPUS; i++)); do
+          CUDA_VISIBLE_DEVICES=$i "$PYTHON" -m compose.training.starter --archive "$ARCHIVE" --part "$i/$GPUS" --base "$OUT/assets/compose-mini" &
+        done
+        wait ;;
+      shelf) "$PYTHON" -m compose.training.shelf ;;
+      *) echo "unknown stage $one" >&2; exit 2 ;;
+    esac
+  done
+done
