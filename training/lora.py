@@ -16,10 +16,10 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -69,19 +69,17 @@ _LOOK_EVERY = 10  # steps between two looks at the loss; each look waits for the
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSettings:
-    """How one LoRA is trained, and what its card will say.
+class Settings:
+    """How any adapter is trained, and what its card will say.
 
-    `alpha` None means `rank` (strength 1). `targets`: attention, all (every linear layer of the blocks), or site
-    patterns (`compose.sites.matching`), comma-separated. `steps` are optimiser steps of `accumulate` x `batch` pictures per
-    process; `lr` is the highest rate, reached after a warm-up and left in a cosine. `size` is the side in pixels
-    (None: the base's own). `guidance` is what a guidance-distilled model is told; 1 is the plain velocity that the
-    loss teaches. `precision` is the arithmetic (auto: bf16 on a GPU that has it), `dtype` that of the saved file.
+    `targets`: attention, all (every linear layer of the blocks), or site patterns (`compose.sites.matching`),
+    comma-separated. `steps` are optimiser steps of `accumulate` x `batch` pictures per process; `lr` is the highest
+    rate, reached after a warm-up and left in a cosine. `size` is the side in pixels (None: the base's own). `guidance`
+    is what a guidance-distilled model is told; 1 is the plain velocity that the loss teaches. `precision` is the
+    arithmetic (auto: bf16 on a GPU that has it), `dtype` that of the saved file.
     """
 
     trigger: str
-    rank: int = 4
-    alpha: float | None = None
     targets: str = "attention"
     text_encoder: bool = False
     steps: int = 1000
@@ -103,12 +101,10 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tags", tuple(self.tags))
-        for name in ("rank", "steps", "batch", "accumulate", "checkpoint_every"):
-            _check_whole(name, getattr(self, name))
+        for name in ("steps", "batch", "accumulate", "checkpoint_every"):
+            check_whole(name, getattr(self, name))
         for name in ("lr", "guidance"):
             _check_positive(name, getattr(self, name))
-        if self.alpha is not None:
-            _check_positive("alpha", self.alpha)
         if not 0 <= self.caption_dropout < 1:
             raise TrainingError(f"caption_dropout is {self.caption_dropout}; give 0 or more, less than 1")
         if not self.trigger.strip():
@@ -118,7 +114,7 @@ class LoraSettings:
                 raise TrainingError(unknown(name, str(getattr(self, name)), choices))
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> LoraSettings:
+    def from_dict(cls, given: Mapping[str, Any]) -> Self:
         """Settings from plain data. Raises TrainingError for an unknown key, by name, and for a missing trigger."""
         names = [field.name for field in dataclasses.fields(cls)]
         for key in given:
@@ -127,6 +123,20 @@ class LoraSettings:
         if "trigger" not in given:
             raise TrainingError("the setting 'trigger' is missing: the word that will call the adapter")
         return cls(**given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings(Settings):
+    """Settings of a LoRA of one `rank`; `alpha` None means `rank` (strength 1)."""
+
+    rank: int = 4
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+        check_whole("rank", self.rank)
+        if self.alpha is not None:
+            _check_positive("alpha", self.alpha)
 
     @property
     def strength(self) -> float:
@@ -143,7 +153,8 @@ def settings_for(kind: Kind, given: Mapping[str, Any]) -> LoraSettings:
     return LoraSettings.from_dict(_LEARNS.get(kind.name, {}) | dict(given))
 
 
-def _check_whole(name: str, value: Any) -> None:
+def check_whole(name: str, value: Any) -> None:
+    """Refuse what is no whole number above 0. Raises TrainingError."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise TrainingError(f"{name} is {value!r}; give a whole number of at least 1")
 
@@ -181,6 +192,34 @@ def train(
     Raises RequestError (targets that match nothing), TrainingError (a checkpoint of other settings, a loss that is no
     number, a file that cannot be written) and KeyboardInterrupt, once the checkpoint is safe.
     """
+    return fit(
+        settings,
+        pipe,
+        source,
+        out,
+        _adapted,
+        base=base,
+        loss=loss,
+        resume=resume,
+        watch=watch,
+        progress=progress,
+    )
+
+
+def fit(
+    settings: Settings,
+    pipe: DiffusionPipeline,
+    source: Source,
+    out: Path,
+    insert: Insert,
+    *,
+    base: BaseFacts | None = None,
+    loss: Loss | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train whatever adapter `insert` puts into the pipeline, as `train` does a LoRA."""
     kind, objective = objective_of(pipe)
     base = base or BaseFacts()
     accelerator = machine(settings)
@@ -189,17 +228,18 @@ def train(
         _refuse_leftover(out)
     for part in [getattr(pipe, objective.denoiser), *(text_encoders(pipe) if settings.text_encoder else ())]:
         part.to(accelerator.device)
-    with _adapted(pipe, objective, settings, accelerator.device) as adapter:
+    lesson = loss or objective.loss(pipe, settings.guidance)
+    if settings.text_encoder:
+        lesson = _with_text(lesson, pipe, kind, objective)
+    place = Place(pipe, objective, accelerator, source, lesson, saved)
+    with insert(place, settings) as adapter:
         run = _Run(settings, accelerator, adapter, checkpoint_of(out), base)
         if saved is not None:
             run.load(saved)
-        lesson = loss or objective.loss(pipe, settings.guidance)
-        if settings.text_encoder:
-            lesson = _with_text(lesson, pipe, kind, objective)
         final = run.fit(source, lesson, watch, progress and accelerator.is_main_process)
         if accelerator.is_main_process:
             header = metadata(settings, kind, objective, adapter, base, out.stem, final)
-            write_lora(adapter.weights, header, out, _DTYPES[settings.dtype])
+            write_adapter({**adapter.weights, **adapter.beside}, header, out, _DTYPES[settings.dtype])
             checkpoint_of(out).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
     return out
@@ -223,7 +263,7 @@ def _refuse_leftover(out: Path) -> None:
         raise TrainingError(f"cannot write to '{out.parent}': permission denied")
 
 
-def machine(settings: LoraSettings) -> Accelerator:
+def machine(settings: Settings) -> Accelerator:
     """This process's device, precision and place among the processes. Raises TrainingError for a second precision."""
     precision = settings.precision
     if precision == "auto":
@@ -238,46 +278,79 @@ def machine(settings: LoraSettings) -> Accelerator:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Adapter:
-    """`weights` by the name they get in the file (`transformer.blocks.0.attn.to_q.lora_A.weight`), and what diffusers
-    needs to rebuild them at their trained strength, by component."""
+class Inserted:
+    """An adapter in its base. `weights` are trained, by the name they get in the file
+    (`transformer.blocks.0.attn.to_q.lora_A.weight`); `beside` goes into the file with them, `kept` into the checkpoint
+    only; `header` says how to rebuild the adapter; `settle` is called whenever the weights have changed."""
 
+    kind: str
     weights: Mapping[str, nn.Parameter]
-    configs: Mapping[str, Mapping[str, Any]]
+    header: Mapping[str, str]
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    settle: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an adapter is put, and what it will be trained with; `saved` is the checkpoint to go on from, if any."""
+
+    pipe: DiffusionPipeline
+    objective: Objective
+    accelerator: Accelerator
+    source: Source
+    loss: Loss
+    saved: Checkpoint | None
+
+    def parts(self, settings: Settings) -> dict[str, nn.Module]:
+        """The models to adapt by component, the denoiser first. Raises TrainingError for one that carries adapters."""
+        names = [self.objective.denoiser, *(self.objective.text_encoders if settings.text_encoder else ())]
+        parts = {name: part for name in names if (part := getattr(self.pipe, name, None)) is not None}
+        for name, part in parts.items():
+            if getattr(part, "peft_config", None):
+                raise TrainingError(f"the base's {name} carries adapters; unload them before training")
+        return parts
+
+
+Insert = Callable[[Place, Any], AbstractContextManager[Inserted]]
 
 
 @contextmanager
-def _adapted(
-    pipe: DiffusionPipeline, objective: Objective, settings: LoraSettings, device: torch.device
-) -> Iterator[_Adapter]:
-    """Put fresh LoRA layers into the denoiser (and the text encoders), and take them out again, whatever happens."""
-    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+def frozen(place: Place, settings: Settings, parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """No weight of the base wants a gradient, and activations are kept or not as the settings say; put back after."""
+    modules = [part for part in place.pipe.components.values() if isinstance(part, nn.Module)]
     wanted = [(parameter, parameter.requires_grad) for part in modules for parameter in part.parameters()]
-    names = [objective.denoiser, *(objective.text_encoders if settings.text_encoder else ())]
-    parts = {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
-    for name, part in parts.items():
-        if getattr(part, "peft_config", None):
-            raise TrainingError(f"the base's {name} carries adapters; unload them before training")
-    targets = {name: _targets(part, name, settings.targets, objective) for name, part in parts.items()}
-    checkpointing = (
-        settings.gradient_checkpointing and not parts[objective.denoiser].is_gradient_checkpointing
-    )
+    denoiser = parts[place.objective.denoiser]
+    checkpointing = settings.gradient_checkpointing and not denoiser.is_gradient_checkpointing
     try:
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
         if checkpointing:
-            parts[objective.denoiser].enable_gradient_checkpointing()
-        yield _inject(parts, targets, settings, device)
+            denoiser.enable_gradient_checkpointing()
+        yield
     finally:
-        for part in parts.values():
-            _eject(part)
         if checkpointing:
-            parts[objective.denoiser].disable_gradient_checkpointing()
+            denoiser.disable_gradient_checkpointing()
         for parameter, before in wanted:
             parameter.requires_grad_(before)
 
 
-def _targets(part: nn.Module, name: str, targets: str, objective: Objective) -> list[str]:
+@contextmanager
+def _adapted(place: Place, settings: LoraSettings) -> Iterator[Inserted]:
+    """Put fresh LoRA layers into the denoiser (and the text encoders), and take them out again, whatever happens."""
+    parts = place.parts(settings)
+    targets = {
+        name: targets_of(part, name, settings.targets, place.objective) for name, part in parts.items()
+    }
+    with frozen(place, settings, parts):
+        try:
+            yield _inject(parts, targets, settings, place.accelerator.device)
+        finally:
+            for part in parts.values():
+                _eject(part)
+
+
+def targets_of(part: nn.Module, name: str, targets: str, objective: Objective) -> list[str]:
     """Paths of the linear layers to adapt. Raises RequestError where a pattern matches none."""
     layers = [path for path, module in part.named_modules() if isinstance(module, nn.Linear)]
     if name != objective.denoiser:
@@ -295,7 +368,7 @@ def _inject(
     targets: Mapping[str, list[str]],
     settings: LoraSettings,
     device: torch.device,
-) -> _Adapter:
+) -> Inserted:
     configs = {}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
@@ -318,7 +391,9 @@ def _inject(
     }
     for parameter in weights.values():
         parameter.data = parameter.data.float()
-    return _Adapter(weights=weights, configs=configs)
+    packed = {f"{name}.{key}": value for name, config in configs.items() for key, value in config.items()}
+    header = {"lora_adapter_metadata": json.dumps(packed, sort_keys=True)}
+    return Inserted(kind="lora", weights=weights, header=header)
 
 
 def _eject(part: nn.Module) -> None:
@@ -344,10 +419,10 @@ class _Run:
     """An optimiser on an adapter's weights, and the number of steps it has done."""
 
     def __init__(
-        self, settings: LoraSettings, accelerator: Accelerator, adapter: _Adapter, path: Path, base: BaseFacts
+        self, settings: Settings, accelerator: Accelerator, adapter: Inserted, path: Path, base: BaseFacts
     ) -> None:
         self.settings, self.accelerator, self.path, self.base = settings, accelerator, path, base
-        self.weights = adapter.weights
+        self.adapter, self.weights = adapter, adapter.weights
         self.optimizer = torch.optim.AdamW(
             list(adapter.weights.values()), lr=settings.lr, weight_decay=_DECAY
         )
@@ -388,6 +463,7 @@ class _Run:
             group["lr"] = learning_rate(self.settings, self.done)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.adapter.settle()
         self.done += 1
         return total
 
@@ -418,6 +494,7 @@ class _Run:
     def save(self) -> None:
         """Write weights and optimiser state to the checkpoint, whole or not at all."""
         tensors = {f"weight/{name}": weight.detach() for name, weight in self.weights.items()}
+        tensors |= {f"kept/{name}": tensor for name, tensor in self.adapter.kept.items()}
         for name, weight in self.weights.items():
             state = self.optimizer.state[weight]
             tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
@@ -429,7 +506,7 @@ class _Run:
         }
         _write(self.path, save({name: value.cpu().contiguous() for name, value in tensors.items()}, header))
 
-    def load(self, saved: _Checkpoint) -> None:
+    def load(self, saved: Checkpoint) -> None:
         """Take up a checkpoint. Raises TrainingError when it does not fit the adapter."""
         held = {name.removeprefix("weight/") for name in saved.tensors if name.startswith("weight/")}
         if held != set(self.weights):
@@ -440,6 +517,7 @@ class _Run:
             if moments["exp_avg"] is not None:
                 moved = {key: value.to(weight.device) for key, value in moments.items()}
                 self.optimizer.state[weight] = {"step": torch.tensor(float(saved.step)), **moved}
+        self.adapter.settle()
         self.done = saved.step
         self.loss = torch.tensor(saved.loss, device=self.accelerator.device)
 
@@ -450,7 +528,7 @@ def step_generator(seed: int, step: int, turn: int = 0, rank: int = 0) -> torch.
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def learning_rate(settings: LoraSettings, step: int) -> float:
+def learning_rate(settings: Settings, step: int) -> float:
     """Linear warm-up over the first twentieth (at most 100 steps), then half a cosine down to a tenth."""
     warm = max(1, min(100, settings.steps // 20))
     if step < warm:
@@ -490,13 +568,15 @@ def _patient(processes: int) -> Iterator[threading.Event]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Checkpoint:
+class Checkpoint:
+    """A run that was stopped: `tensors` by kind and name (`weight/...`, `exp_avg/...`, `kept/...`)."""
+
     step: int
     loss: float
     tensors: Mapping[str, Tensor]
 
 
-def _find_checkpoint(path: Path, settings: LoraSettings, base: BaseFacts) -> _Checkpoint:
+def _find_checkpoint(path: Path, settings: Settings, base: BaseFacts) -> Checkpoint:
     """Read a checkpoint. Raises TrainingError: none there, damaged, of other settings or another base."""
     if not path.is_file():
         raise TrainingError(f"nothing to resume: '{path}' does not exist; leave --resume out to start")
@@ -516,27 +596,25 @@ def _find_checkpoint(path: Path, settings: LoraSettings, base: BaseFacts) -> _Ch
         raise TrainingError(f"'{path}' was made on another base; use that base, or delete the file")
     if step > settings.steps:
         raise TrainingError(f"'{path}' has {step} steps already; give --steps at least that")
-    return _Checkpoint(step=step, loss=loss, tensors=tensors)
+    return Checkpoint(step=step, loss=loss, tensors=tensors)
 
 
 def metadata(
-    settings: LoraSettings,
+    settings: Settings,
     kind: Kind,
     objective: Objective,
-    adapter: _Adapter,
+    adapter: Inserted,
     base: BaseFacts,
     title: str,
     loss: float,
 ) -> dict[str, str]:
-    """The file's header: what diffusers rebuilds the adapter from, our own card, and ModelSpec's keys (1.0)."""
-    packed = {
-        f"{part}.{key}": value for part, config in adapter.configs.items() for key, value in config.items()
-    }
+    """The file's header: what the adapter is rebuilt from, our own card, and ModelSpec's keys (1.0)."""
     how = {key: value for key, value in dataclasses.asdict(settings).items() if key not in _CARD}
     side = settings.size or kind.side
+    model = BUNDLED if kind.name == BUNDLED else objective.architecture.removesuffix("/lora")
     header = {
         "format": "pt",
-        "lora_adapter_metadata": json.dumps(packed, sort_keys=True),
+        **adapter.header,
         "compose.trigger": settings.trigger,
         "compose.description": settings.description,
         "compose.tags": json.dumps(list(settings.tags)) if settings.tags else "",
@@ -547,7 +625,7 @@ def metadata(
         "compose.licence": settings.licence,
         "compose.training": json.dumps(how | {"loss": round(loss, 5)}),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{BUNDLED}/lora" if kind.name == BUNDLED else objective.architecture,
+        "modelspec.architecture": f"{model}/{adapter.kind}",
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.description": settings.description,
@@ -560,11 +638,14 @@ def metadata(
     return {key: value for key, value in header.items() if value}
 
 
-def write_lora(
+def write_adapter(
     weights: Mapping[str, Tensor], header: Mapping[str, str], out: Path, dtype: torch.dtype
 ) -> None:
-    """Write the adapter as diffusers and peft name it. Raises TrainingError: weights that are no numbers, no space."""
-    tensors = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    """Write the adapter's tensors, numbers as `dtype`. Raises TrainingError: weights that are no numbers, no space."""
+    tensors = {
+        name: weight.detach().to("cpu", dtype if weight.is_floating_point() else None).contiguous()
+        for name, weight in weights.items()
+    }
     bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if bad is not None:
         raise TrainingError(

@@ -2,9 +2,9 @@
 # From artwork to assets/: the picture set, the judge, and every stage of the bundled base, on one machine with GPUs.
 #   training/reproduce.sh [STAGE ...]        stages: data judge vae clip base pack adapters shelf (all, in this order)
 # GPUS (default: all) processes work together. Each stage goes on from what lies in OUT (default .cache/base).
+# Run it from the repository's root.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-OUT=${OUT:-.cache/base} ARCHIVE=${ARCHIVE:-.cache/pictures.zip} PHRASES=${PHRASES:-.cache/phrases.safetensors}
+OUT=${OUT:-.cache/base} ARCHIVE=${ARCHIVE:-.cache/pictures.zip} PHRASES=${PHRASES:-.cache/phrases.safetensors} ASSETS=${ASSETS:-assets}
 PYTHON=${PYTHON:-.venv/bin/python} GPUS=${GPUS:-$(nvidia-smi -L | wc -l)}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 mkdir -p "$OUT"
@@ -25,13 +25,13 @@ for name in "${@:-data judge vae clip base pack adapters shelf}"; do
       clip) stage clip --seconds "${CLIP_SECONDS:-170}" ;;
       base) stage base --batch "${BATCH:-512}" --edit-batch "${EDIT_BATCH:-320}" --cache "${CACHE:-200000}" --edits "${EDITS:-50000}" \
         --seconds "${BASE_SECONDS:-900}" --pause "${PAUSE:-100000}" --distill-seconds "${DISTILL_SECONDS:-80}" ;;
-      pack) "$PYTHON" -m compose.training.base --stage pack --out "$OUT" && cp -r "$OUT"/assets/* assets/ ;;
+      pack) "$PYTHON" -m compose.training.base --stage pack --out "$OUT" && mkdir -p "$ASSETS" && cp -r "$OUT"/assets/* "$ASSETS"/ ;;
       adapters)
         for ((i = 0; i < GPUS; i++)); do
-          CUDA_VISIBLE_DEVICES=$i "$PYTHON" -m compose.training.starter --archive "$ARCHIVE" --part "$i/$GPUS" --base "$OUT/assets/compose-mini" &
+          CUDA_VISIBLE_DEVICES=$i "$PYTHON" -m compose.training.starter --archive "$ARCHIVE" --part "$i/$GPUS" --base "$ASSETS/compose-mini" --out "$ASSETS/adapters" &
         done
         wait ;;
-      shelf) "$PYTHON" -m compose.training.shelf ;;
+      shelf) "$PYTHON" -m compose.training.shelf --clip "$ASSETS/clip" --base "$ASSETS/compose-mini" --adapters "$ASSETS/adapters" ;;
       *) echo "unknown stage $one" >&2; exit 2 ;;
     esac
   done
