@@ -50,13 +50,13 @@ def add_delta(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Te
         return slot.gate(args[0], output, hidden)
     delta = expand(slot.up.to(hidden.device), hidden, slot.down.dim() == 4)
     if slot.bias.shape[0]:
-        delta = delta + _bias(slot, delta)
+        delta = delta + biased(slot, delta)
     return output + delta.to(output.dtype)
 
 
 def shrink(module: nn.Module, slot: Slot, x: Tensor) -> Tensor:
     """x (B, .., in) -> weighted (B, .., R); for a convolution (B, in, H, W) -> (B, R, H', W')."""
-    down, scale = slot.down.to(x.device), _per_row(slot.scale, x)
+    down, scale = slot.down.to(x.device), per_row(slot.scale, x)
     if slot.down.dim() == 4:
         hidden = F.conv2d(x.to(down.dtype), down, None, module.stride, module.padding, module.dilation)
         hidden = hidden * scale[:, :, None, None]
@@ -73,14 +73,15 @@ def expand(up: Tensor, hidden: Tensor, convolution: bool) -> Tensor:
     return F.conv2d(hidden, up[:, :, None, None]) if convolution else F.linear(hidden, up)
 
 
-def _per_row(scale: Tensor, x: Tensor) -> Tensor:
+def per_row(scale: Tensor, x: Tensor) -> Tensor:
     """The weights of the rows of x. More rows than the table has (text, flattened tokens) always share one mix."""
     rows = x.shape[0] if x.dim() > 1 and x.shape[0] <= scale.shape[0] else 1
     return scale[:rows].to(x.device)
 
 
-def _bias(slot: Slot, delta: Tensor) -> Tensor:
-    bias = _per_row(slot.bias_scale, delta).to(slot.bias.dtype) @ slot.bias.to(delta.device)
+def biased(slot: Slot, delta: Tensor) -> Tensor:
+    """The weighted biases, to be added to a delta of this shape."""
+    bias = per_row(slot.bias_scale, delta).to(slot.bias.dtype) @ slot.bias.to(delta.device)
     if slot.down.dim() == 4:
         return bias[:, :, None, None]
     return bias.view(bias.shape[0], *[1] * (delta.dim() - 2), bias.shape[1])
@@ -130,7 +131,7 @@ class TorchBackend:
         """Allocate the buffers that `job.budget` asks for, fill them, and hook every touched site."""
         self.job = job
         self.rows = job.budget.rows if job.mixed else 1
-        names = touched(job.adapters, job.sites)
+        names = self._ordered(touched(job.adapters, job.sites))
         self._sizes = {name: self._size(name) for name in names}
         self._table = torch.zeros(job.budget.rows, sum(map(sum, self._sizes.values())), device=job.device)
         start = 0
@@ -140,6 +141,10 @@ class TorchBackend:
         self.fill(job.adapters)
         for name in names:
             self._hook(job.sites[name].module, self._slots[name])
+
+    def _ordered(self, names: list[str]) -> list[str]:
+        """The order of the sites' columns in the table."""
+        return names
 
     def _hook(self, module: nn.Module, slot: Slot) -> None:
         setattr(module, SLOT, slot)
