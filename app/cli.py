@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("compose.app.convert", "rewrite an adapter in another key format"),
     "train": ("compose.app.train", "train a LoRA, or the bundled base"),
     "data": ("compose.app.data", "build the picture set that the bundled base is trained on"),
+    "ui": ("compose.app.ui", "open the studio in the browser: create, compare, library, train"),
+    "serve": ("compose.app.serve", "answer over HTTP: OpenAI's image API, the library, the queue"),
     "doctor": ("compose.app.doctor", "report devices, versions, caches and library health"),
 }
 

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -27,6 +28,7 @@ from compose.errors import ComposeError, RequestError
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 ENDED = (DONE, FAILED, CANCELLED)
+INTERNAL = "an internal error, which the server has logged; please report it"
 _log = logging.getLogger("compose.jobs")
 
 
@@ -133,6 +135,7 @@ class Task:
 
     def drawn(self) -> None:
         """One more picture lies in the folder."""
+        self._jobs.drawn += 1
         self._jobs._change(self._job, pictures=self._job.pictures + 1)
 
 
@@ -154,6 +157,8 @@ class Jobs:
         self._futures: dict[str, Future[None]] = {}
         self._listeners: dict[str, list[Callable[[], None]]] = {}
         self._closed = False
+        self.counts: Counter[str] = Counter()  # ended jobs by state, since the start
+        self.drawn, self.seconds = 0, 0.0  # pictures, and time spent drawing
         self._own()
         self._restore()
         self._pools = {
@@ -309,7 +314,7 @@ class Jobs:
             state, said = FAILED, str(error)
         else:
             _log.error("job %s failed", job.id, exc_info=error)
-            state, said = FAILED, "an internal error, which the server has logged; please report it"
+            state, said = FAILED, INTERNAL
         with self._guard:
             self._stops.pop(job.id, None)
             self._futures.pop(job.id, None)
@@ -317,6 +322,8 @@ class Jobs:
             job.ended, job.error, job.preview = time.time(), said, None
             job.bytes = _size(self.folder / job.id)
             job.state = state
+            self.counts[state] += 1
+            self.seconds += job.ended - (job.started or job.ended)
             with suppress(OSError):  # a full disk: the result is there for as long as the server runs
                 self._write(job)
         self._change(job)

@@ -154,6 +154,12 @@ def _remove(args: argparse.Namespace, library: Library) -> int:
     return 0
 
 
+def add_checked(library: Library, what: str | Path, strict: bool = False) -> dict[str, Any]:
+    """Add as `compose library add --json` does, every weight read -> its report. Raises AdapterError, LibraryError."""
+    _check_file(str(what))
+    return _report(*_checked(library, library.add(what), strict))
+
+
 def _check_file(what: str) -> None:
     """Read a single file whole before it is added: NaN weights or a damaged body refuse it."""
     path = Path(what).expanduser()

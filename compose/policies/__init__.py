@@ -6,7 +6,7 @@ A new policy is one file here and one line in `POLICIES`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -74,4 +74,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Mapping) and all(
             _fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items()
         )
+    if origin is Sequence:
+        return isinstance(value, (list, tuple)) and all(_fits(item, parts[0]) for item in value)
     return isinstance(value, hint) if isinstance(hint, type) else True

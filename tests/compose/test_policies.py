@@ -145,3 +145,20 @@ def test_equal_mixes_have_equal_keys():
 def test_every_policy_in_the_table_says_what_it_does():
     for kind in POLICIES.values():
         assert kind.__doc__ and issubclass(kind, Policy)
+
+
+@pytest.mark.parametrize(
+    ("policy", "option", "value"),
+    [
+        ("switch", "tau", "a"),
+        ("switch", "tau", 1.5),
+        ("switch", "tau", True),
+        ("switch", "shares", [1]),
+        ("switch", "shares", {"a": "x"}),
+        ("cached", "intervals", "abc"),
+        ("cached", "intervals", [1, "x"]),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_refused_by_name(policy, option, value):
+    with pytest.raises(RequestError, match=f"policy '{policy}': {option} is .* which is no"):
+        make(policy, {"a": 1.0}, **{option: value})
