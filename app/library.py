@@ -1,4 +1,4 @@
-"""`compose library`: add, scan, list, show, search and remove adapters."""
+"""`compose library`: add, scan, list, show, profile, search and remove adapters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compose.app import profile
 from compose.bases import BUNDLED
 from compose.errors import AdapterError, ComposeError, RequestError
 
@@ -50,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scan.add_argument("folder", nargs="+", help="a folder of .safetensors files")
     listing = verb("list", "list adapters", filters)
     listing.add_argument("--role", action="append", help="only this role (style, concept, ...); repeatable")
-    verb("show", "show all that is known of one adapter").add_argument("name", help="name or file")
+    show = verb("show", "show all that is known of one adapter")
+    show.add_argument("name", help="name or file")
+    show.add_argument("--plot", metavar="FILE", help="also draw its frequency profile as a PNG")
+    profile.add_arguments(verb("profile", "measure at which frequencies adapters change pictures, and when"))
     search = verb("search", "find adapters by a text or a picture", filters)
     search.add_argument("text", nargs="?", help="what the adapter should bring")
     search.add_argument("--image", metavar="FILE", help="a picture that looks as the adapter's should")
@@ -68,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         "scan": _scan,
         "list": _list,
         "show": _show,
+        "profile": _profile,
         "search": _search,
         "remove": _remove,
     }
@@ -121,13 +126,35 @@ def _list(args: argparse.Namespace, library: Library) -> int:
 
 def _show(args: argparse.Namespace, library: Library) -> int:
     card = library.find(args.name)
+    if args.plot:
+        profile.save_plot(card, args.plot)
     if args.json:
         print(_json(_card(card)))
         return 0
-    for key, value in _card(card).items():
+    told = _card(card) | {"metadata": profile.without(card)}
+    for key, value in told.items():
         for part in _lines(value):
             print(textwrap.fill(part, WIDTH, initial_indent=f"{key:12}", subsequent_indent=" " * 12))
             key = ""
+    for line in profile.lines(card):
+        print(line)
+    return 0
+
+
+def _profile(args: argparse.Namespace, library: Library) -> int:
+    found = profile.measure(args, library)
+    if args.json:
+        print(
+            _json(
+                {
+                    name: {"score": p.score, "half": p.half, "spectrum": p.spectrum}
+                    for name, p in found.items()
+                }
+            )
+        )
+        return 0
+    for name in found:
+        print("\n".join([name, *profile.lines(library.find(name))]))
     return 0
 
 

@@ -28,6 +28,7 @@ from compose.adapter import Adapter
 from compose.arrange import check_policy, policy_for
 from compose.backends import BACKENDS
 from compose.bases import Kind
+from compose.cache import FeatureCache
 from compose.digest import file_digest, weights_digest
 from compose.engine import Composition
 from compose.errors import AdapterError, RequestError
@@ -35,6 +36,8 @@ from compose.formats import load, resolve
 from compose.pictures import Picture, as_uri, read_all, sized
 from compose.plan import Context, Policy
 from compose.preview import Look, Sketcher, Watch, blank, unwatched
+from compose.profile import KEY as PROFILE
+from compose.profile import Profile, of_card
 from compose.prompt import Pick, weave
 from compose.record import Applied, Record, Result
 from compose.request import Request
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from compose.retrieval.library import Library
 
 Progress = Callable[[str, int, int], None]  # stage (loading, retrieval, denoising), done, total
+CACHING = ("cached", "auto")  # policies whose branches may reuse features
 PACKAGES = ("lora-compose", "torch", "diffusers", "transformers", "peft")
 
 
@@ -207,6 +211,27 @@ class ComposePipeline:
             adapters = tuple(self._again(item, library) for item in record.adapters)
             order = self._order(record, adapters, pictures)
             return self._draw(order, [record.index], progress, keep, watch)
+
+    def profiles(
+        self, request: Request, *, library: Library | None = None, progress: Progress = silent
+    ) -> dict[str, Profile]:
+        """Frequency profile of each adapter that `request` uses, measured alone along the request's own picture.
+
+        Raises AdapterError for an adapter that cannot be measured.
+        """
+        from compose.retrieval.profile import measure
+
+        with self._lock:
+            order = self._prepare(request, library, progress)
+            pipe = self._view(order.mode)
+            accepted = inspect.signature(pipe.__call__).parameters
+            args = bases.call_args(self.kind, order.request, order.record.prompt, accepted) | order.pictures
+            found = {}
+            for done, (adapter, item) in enumerate(zip(order.adapters, order.record.adapters, strict=True)):
+                progress("measuring", done, len(order.adapters))
+                found[item.name] = measure(pipe, adapter, args, weight=item.weight, seed=_seed(order, 0))
+            progress("measuring", len(order.adapters), len(order.adapters))
+        return found
 
     def _request(self, prompt: str, fields: Mapping[str, Any]) -> Request:
         given = {"prompt": prompt, "base": self.name, **fields}
@@ -387,9 +412,11 @@ class ComposePipeline:
             prompts=[order.record.prompt],
             triggers={item.name: item.trigger for item in items if item.trigger},
             encode=functools.partial(_embed, self._loaded),
+            profiles={item.name: Profile.from_text(item.profile) for item in items if item.profile},
         )
         backend = order.record.backend or order.request.backend
-        return Composition(pipe, order.adapters, order.policy, backend, context=context)
+        cache = FeatureCache() if order.request.policy in CACHING else None
+        return Composition(pipe, order.adapters, order.policy, backend, context=context, cache=cache)
 
     def _call(
         self, pipe: DiffusionPipeline, order: Order, members: Sequence[int], steps: _Steps
@@ -543,6 +570,7 @@ def _applied(use: Use, adapter: Adapter, woven: Sequence[str]) -> Applied:
         licence=use.card.licence,
         score=use.score,
         reason=use.reason,
+        profile=use.card.metadata.get(PROFILE, "") if of_card(use.card.metadata) else "",
     )
 
 

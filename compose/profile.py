@@ -14,12 +14,13 @@ from typing import Self
 from compose.errors import RequestError
 
 KEY = "compose.profile"  # of a card's metadata
+SHADES = " ░▒▓█"
 HIGH = 0.3  # of the Nyquist frequency: CMLoRA's ring 80 of a 512-pixel picture lies at 80 / 256 = 0.31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """`spectrum[s][b]`: mean amplitude of the change at measured step s in frequency band b.
+    """`spectrum[s][b]`: mean amplitude of the change at measured step s in frequency band b, in any one unit.
 
     Bands are equally wide, from 0 to the Nyquist frequency, so that profiles of any two resolutions compare; steps are
     spread evenly over the denoising.
@@ -51,17 +52,29 @@ class Profile:
         return 0.5
 
     def to_text(self) -> str:
-        """JSON with four digits per number, for a card."""
-        return json.dumps([[float(f"{value:.4g}") for value in row] for row in self.spectrum])
+        """JSON of whole thousandths of the largest amplitude, for a card: 10 steps of 8 bands are 400 characters."""
+        largest = max(map(max, self.spectrum)) or 1.0
+        rows = [[round(1000 * value / largest) for value in row] for row in self.spectrum]
+        return json.dumps(rows, separators=(",", ":"))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """The profile that `to_text` wrote. Raises RequestError for anything else."""
+        """The profile that `to_text` wrote, its largest amplitude being 1. Raises RequestError for anything else."""
         try:
             rows = json.loads(text)
-            return cls(spectrum=tuple(tuple(float(value) for value in row) for row in rows))
+            return cls(spectrum=tuple(tuple(float(value) / 1000 for value in row) for row in rows))
         except (ValueError, TypeError) as error:
             raise RequestError(f"a card's frequency profile cannot be read: {error}") from error
+
+
+def plot(profile: Profile) -> list[str]:
+    """Lines for a terminal: one row per measured step, low frequencies left, the darkest cell the largest change."""
+    largest = max(map(max, profile.spectrum)) or 1.0
+    lines = ["denoised  low" + " " * max(1, 2 * len(profile.spectrum[0]) - 7) + "high"]
+    for step, row in enumerate(profile.spectrum):
+        cells = "".join(2 * SHADES[round(value / largest * (len(SHADES) - 1))] for value in row)
+        lines.append(f"{100 * step / len(profile.spectrum):7.0f}%  {cells}|")
+    return [*lines, f"high-frequency share {profile.score:.2f}, half of it made by {100 * profile.half:.0f}%"]
 
 
 def of_card(metadata: Mapping[str, str]) -> Profile | None:

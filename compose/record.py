@@ -31,7 +31,8 @@ CHUNK = "compose"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applied:
     """One adapter as it was used; `asked` is the name or path it was asked for with. `sha256` is the file's, `weights_sha256` leaves out its header; `trigger` was woven
-    into the prompt; `score` (cosine, -1 to 1) and `reason` come from retrieval, None when the user named it."""
+    into the prompt; `score` (cosine, -1 to 1) and `reason` come from retrieval, None when the user named it; `profile`
+    is the card's frequency profile, empty where none was measured."""
 
     name: str
     weight: float
@@ -46,6 +47,7 @@ class Applied:
     licence: str = ""
     score: float | None = None
     reason: str | None = None
+    profile: str = ""
 
     @property
     def pick(self) -> Pick:

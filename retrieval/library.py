@@ -12,7 +12,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,8 @@ from compose.assets import ADAPTERS
 from compose.digest import write_atomic
 from compose.errors import AdapterError, LibraryError, unknown
 from compose.header import PICKLES, refuse_pickle
+from compose.profile import KEY as PROFILE
+from compose.profile import Profile
 from compose.retrieval.card import Card, from_dict, to_dict
 from compose.retrieval.hub import download, is_hub_id
 from compose.retrieval.licences import permits
@@ -212,17 +214,33 @@ class Library:
         report = replace(report, gone=gone, refused=report.refused + tuple(pickles))
         return report.plus(copies.added, copies.changed)
 
-    def remove(self, name: str) -> Card:
-        """Forget a card; its file stays where it is. Scans leave it out until it is added by its path again.
+    def keep_profile(self, name: str, profile: Profile) -> Card:
+        """Write a frequency profile onto a card; it stays as long as the adapter's weights do.
 
         Raises LibraryError for an unknown name, or one of the starter library.
         """
+        card = self._own(name)
+        card = replace(card, metadata={**card.metadata, PROFILE: profile.to_text()})
+        with self._write() as db:
+            db.execute("UPDATE cards SET record = ? WHERE name = ?", (json.dumps(to_dict(card)), card.name))
+        return card
+
+    def _own(self, name: str) -> Card:
+        """The user's card of this name, which may be changed. Raises LibraryError for any other."""
         user = {card.name.lower(): card for card in self._user_cards()}
         card = user.get(name.lower())
         if card is None:
             if self.find(name).source == STARTER:
                 raise LibraryError(f"'{name}' belongs to the starter library, which is read-only")
             raise LibraryError(unknown("adapter", name, user))
+        return card
+
+    def remove(self, name: str) -> Card:
+        """Forget a card; its file stays where it is. Scans leave it out until it is added by its path again.
+
+        Raises LibraryError for an unknown name, or one of the starter library.
+        """
+        card = self._own(name)
         with self._write() as db:
             file = db.execute("SELECT file FROM cards WHERE name = ?", (card.name,)).fetchone()[0]
             db.execute("DELETE FROM cards WHERE name = ?", (card.name,))
@@ -297,6 +315,8 @@ class Library:
             row = db.execute(query + "sha256 = ?", (card.sha256,)).fetchone()
             if row is not None and Path(row[2]).exists():
                 return  # a copy of an adapter that is here already
+        if row is not None:
+            card = _with_notes(card, json.loads(row[3]))
         card = replace(
             card, name=row[1] if row else _free_name(db, stem, {c.name.lower() for c in self.starter})
         )
@@ -452,6 +472,13 @@ def _fields(known: _Known) -> dict[str, Any]:
 def _append(items: list[str], item: str) -> None:
     if item not in items:
         items.append(item)
+
+
+def _with_notes(card: Card, before: Mapping[str, Any]) -> Card:
+    """The card as its file now says, with what was measured of the same weights before."""
+    noted = before.get("metadata", {}).get(PROFILE)
+    same = noted and card.sha256 is not None and before.get("sha256") == card.sha256
+    return replace(card, metadata={PROFILE: noted, **card.metadata}) if same else card
 
 
 def _identity(card: Card, file: str) -> str:

@@ -23,7 +23,7 @@ class Cached(Policy):
 
     Turns: a new turn begins every `intervals[p]` steps of phase p of the denoising. At a turn's first step the leading
     branch runs whole and its features are kept; every other branch, and every branch between, reuses its own. At step 0
-    all run whole. `intervals=(1, 1, 1)` runs the leader whole at every step.
+    all run whole. One number stands for all three phases; 1 runs the leader whole at every step.
 
     Who leads: adapters in `order`, which is that of their measured high-frequency score, highest first. Up to
     fraction `switch` those that write high frequencies take turns; from then on the first of them drops out and those
@@ -35,7 +35,7 @@ class Cached(Policy):
     """
 
     weights: Mapping[str, Weight]
-    intervals: Sequence[int] = INTERVALS
+    intervals: Sequence[int] | int = INTERVALS
     switch: float | None = None
     order: Sequence[str] | None = None
     low: Sequence[str] | None = None
@@ -44,6 +44,8 @@ class Cached(Policy):
     def __post_init__(self) -> None:
         if not self.weights:
             raise RequestError("policy 'cached' needs at least one adapter; policy 'merge' runs without")
+        if isinstance(self.intervals, int) and not isinstance(self.intervals, bool):
+            object.__setattr__(self, "intervals", (self.intervals,) * 3)
         _check_intervals(self.intervals)
         if self.switch is not None and not 0 <= self.switch <= 1:
             raise RequestError(f"policy 'cached': switch is {self.switch}; give a fraction from 0 to 1")

@@ -100,7 +100,8 @@ def test_the_first_step_runs_all_branches_whole_and_a_turn_its_leader_alone():
 
 
 def test_dense_intervals_run_the_leader_whole_at_every_step():
-    policy = prepared(intervals=(1, 1, 1))
+    policy = prepared(intervals=1)
+    assert policy == prepared(intervals=(1, 1, 1))
     for step in steps(12)[1:]:
         assert sum(not b.reuse for b in policy.plan(step, 0)) == 1
 
@@ -139,7 +140,8 @@ def test_the_table_prints_every_step():
     [
         ({"intervals": (0, 1, 1)}, "three whole numbers"),
         ({"intervals": (2, 3)}, "three whole numbers"),
-        ({"intervals": "232"}, "three whole numbers"),
+        ({"intervals": "232"}, "intervals is '232'"),
+        ({"intervals": 0}, "three whole numbers"),
         ({"switch": 1.5}, "fraction from 0 to 1"),
         ({"order": ("a", "b")}, "name each adapter once"),
         ({"low": ("x",)}, "adapter 'x' is unknown"),
