@@ -61,7 +61,7 @@ _FREE = {
 }  # may change on resuming
 _CARD = ("trigger", "description", "tags", "role", "licence")
 # cuDNN's attention is left out: its backward died on short texts (28 tokens, torch 2.11).
-_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _DECAY = 1e-4  # AdamW's weight decay
 _CLIP = 1.0  # largest gradient norm
 _SMOOTH = 0.95  # of the loss shown
@@ -302,6 +302,10 @@ class Place:
     loss: Loss
     saved: Checkpoint | None
 
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch where the models are."""
+        return _on(batch, self.accelerator.device)
+
     def parts(self, settings: Settings) -> dict[str, nn.Module]:
         """The models to adapt by component, the denoiser first. Raises TrainingError for one that carries adapters."""
         names = [self.objective.denoiser, *(self.objective.text_encoders if settings.text_encoder else ())]
@@ -453,7 +457,7 @@ class _Run:
             rank = self.accelerator.process_index
             generator = step_generator(self.settings.seed, self.done, turn, rank)
             batch = _on(source(generator), self.accelerator.device)
-            with sdpa_kernel(_KERNELS), self.accelerator.autocast():
+            with sdpa_kernel(KERNELS), self.accelerator.autocast():
                 value = loss(batch, generator) / self.settings.accumulate
             self.accelerator.backward(value)
             total += value.detach()

@@ -26,12 +26,14 @@ Text = Mapping[
 class Batch:
     """`latents` (B, C, h, w) as the denoiser sees them; `text`: prompt_embeds (B, T, D) and, where the family has it,
     pooled_prompt_embeds (B, P). `captions`, one per row, stand in for `text` while text encoders are trained.
-    `reference` (B, C, h', w') is the picture that a Kontext model is told to edit."""
+    `reference` (B, C, h', w') is the picture that a Kontext model is told to edit. `moments` (B,) in (0, 1) are
+    quantiles of the noise level to take the loss at, drawn at random where they are not given."""
 
     latents: Tensor
     text: Text | None = None
     captions: Sequence[str] = ()
     reference: Tensor | None = None
+    moments: Tensor | None = None
 
 
 Loss = Callable[[Batch, torch.Generator], Tensor]
@@ -94,13 +96,19 @@ def _sd15_text(pipe: Any, captions: Sequence[str], length: int | None) -> Text:
     return {"prompt_embeds": pipe.encode_prompt(list(captions), pipe.text_encoder.device, 1, False)[0]}
 
 
-def flow_point(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def flow_point(
+    latents: Tensor, generator: torch.Generator, moments: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """A point on the straight path from picture to noise, its time, and the velocity there.
 
     x_t = (1 - t) x0 + t eps, v = eps - x0, t = sigmoid(N(0, 1)) (rectified flow, logit-normal: arXiv 2403.03206).
-    Returns x_t (B, C, h, w), t (B,) in (0, 1), v (B, C, h, w). `generator` is on the CPU, so every device draws alike.
+    Returns x_t (B, C, h, w), t (B,) in (0, 1), v (B, C, h, w). `generator` is on the CPU, so every device draws alike;
+    `moments` (B,) are quantiles of t instead.
     """
-    time = torch.randn(len(latents), generator=generator).sigmoid().to(latents.device)
+    level = (
+        torch.randn(len(latents), generator=generator) if moments is None else torch.special.ndtri(moments)
+    )
+    time = level.sigmoid().to(latents.device, torch.float32)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     share = time.view(-1, 1, 1, 1).to(latents)
     return (1 - share) * latents + share * noise, time, noise - latents
@@ -124,7 +132,7 @@ def flux_loss(pipe: Any, guidance: float) -> Loss:
     model = pipe.transformer
 
     def loss(batch: Batch, generator: torch.Generator) -> Tensor:
-        noisy, time, velocity = flow_point(batch.latents, generator)
+        noisy, time, velocity = flow_point(batch.latents, generator, batch.moments)
         shown = [noisy] if batch.reference is None else [noisy, batch.reference]
         text = batch.text["prompt_embeds"]
         guided = torch.full_like(time, guidance) if model.config.guidance_embeds else None
@@ -149,7 +157,7 @@ def sd3_loss(pipe: Any, guidance: float) -> Loss:
     model = pipe.transformer
 
     def loss(batch: Batch, generator: torch.Generator) -> Tensor:
-        noisy, time, velocity = flow_point(batch.latents, generator)
+        noisy, time, velocity = flow_point(batch.latents, generator, batch.moments)
         predicted = model(
             hidden_states=noisy.to(model.dtype),
             timestep=time * pipe.scheduler.config.num_train_timesteps,
@@ -168,7 +176,10 @@ def unet_loss(pipe: Any, guidance: float) -> Loss:
 
     def loss(batch: Batch, generator: torch.Generator) -> Tensor:
         latents = batch.latents
-        time = torch.randint(schedule.config.num_train_timesteps, (len(latents),), generator=generator)
+        count = schedule.config.num_train_timesteps
+        time = torch.randint(count, (len(latents),), generator=generator)
+        if batch.moments is not None:
+            time = (batch.moments * count).long().clamp(max=count - 1)
         time = time.to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         by_velocity = schedule.config.prediction_type == "v_prediction"
