@@ -40,10 +40,18 @@ def _triton() -> Backend:
     return FusedBackend()
 
 
+def _fold() -> Backend:
+    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+        return FoldBackend()
+    from compose.backends.fused_fold import FusedFoldBackend  # as above
+
+    return FusedFoldBackend()
+
+
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "torch": TorchBackend,
     "triton": _triton,
-    "fold": FoldBackend,
+    "fold": _fold,
     "peft": PeftBackend,
 }
 __all__ = ["BACKENDS", "Backend", "Budget", "Gate", "Job", "Spread", "choose"]

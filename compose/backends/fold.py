@@ -180,11 +180,15 @@ class FoldBackend:
         names = [*self._kept, *self._entries]
         weights = {name: site_weights(weight, names) for name, weight in mix.weights.items()}
         with torch.no_grad():
-            for name in names:
+            for name in self._together(names, mix):
                 self._fold(
                     name, {adapter: by_site[name] for adapter, by_site in weights.items() if by_site[name]}
                 )
         self._folded = mix.key()
+
+    def _together(self, names: Sequence[str], mix: Mix) -> Sequence[str]:
+        """What a faster fold replaces: fold what can be folded at once, and name the sites that are left."""
+        return names
 
     def _fold(self, name: str, weights: dict[str, float]) -> None:
         if name in self._entries:
@@ -204,15 +208,19 @@ class FoldBackend:
 
     def unfold(self) -> None:
         """Put every kept weight back."""
-        for name, kept in self._kept.items():
-            module = self.job.sites[name].module
-            _write(module.weight, kept.weight)
-            if kept.bias is not None:
-                _write(module.bias, kept.bias)
+        self._restore(list(self._kept))
         with torch.no_grad():
             for entries in self._entries.values():
                 entries.restore()
         self._folded = None
+
+    def _restore(self, names: Sequence[str]) -> None:
+        """Copy these whole weights back."""
+        for name in names:
+            module, kept = self.job.sites[name].module, self._kept[name]
+            _write(module.weight, kept.weight)
+            if kept.bias is not None:
+                _write(module.bias, kept.bias)
 
     def detach(self) -> None:
         """Restore the weights and drop the copies; safe to call after a failed attach."""

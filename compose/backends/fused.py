@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import platformdirs
 import torch
@@ -19,11 +20,13 @@ import triton
 from torch import Tensor, nn
 
 from compose.adapter import Adapter
-from compose.backends.base import Job, Spread, compute_dtype, quantised
+from compose.backends.base import Gate, Job, Spread, compute_dtype, quantised
 from compose.backends.torch import SLOT, Slot, TorchBackend, add_delta, biased
 from compose.errors import BackendError
 from compose.kernels.choice import CHOICES
+from compose.kernels.lora_gate import MOST, Form, form_of, lora_gate
 from compose.kernels.lora_mix import expand_, linear, shrink
+from compose.kernels.lora_rows import DENSE, lora_rows
 from compose.kernels.support import capturing, why_not
 from compose.plan import Mix
 from compose.sites import Site
@@ -66,6 +69,15 @@ class FusedSlot(Slot):
     reason: str | None = None
 
 
+@runtime_checkable
+class FusedGate(Protocol):
+    """A gate that the kernels can work out: AutoLoRA's, with norms over this site's own channels."""
+
+    def vectors(self, site: str) -> Tensor | None:
+        """(9, out), rows as in `lora_gate.VECTORS`; None where the gate is another one at this site."""
+        ...
+
+
 def add_fused(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Semantics: those of `add_delta`; writes into `output`, which nothing else has seen yet."""
     slot: FusedSlot = getattr(module, SLOT)
@@ -75,15 +87,33 @@ def add_fused(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Te
 
 
 def _added(slot: FusedSlot, x: Tensor, output: Tensor) -> Tensor:
+    rows = _rows(slot, x)
+    if rows > 1 and slot.down.shape[0] > DENSE and slot.gate is None and slot.tokens is None:
+        return _added_by_row(slot, x, output, rows)
     hidden = weighted(slot, x)
     if slot.gate is not None:
         return slot.gate(x, output, hidden)
-    if slot.bias.shape[0]:
-        output = output + biased(slot, output).to(output.dtype)
-    if not output.is_contiguous():
-        output = output.contiguous()
+    output = _ready(slot, output)
     expand_(output, hidden, slot.up)
     return output
+
+
+def _added_by_row(slot: FusedSlot, x: Tensor, output: Tensor, rows: int) -> Tensor:
+    output = _ready(slot, output)
+    lora_rows(output, x.to(slot.down.dtype), slot.down, slot.up, slot.scale[:rows])
+    return output
+
+
+def _ready(slot: FusedSlot, output: Tensor) -> Tensor:
+    """The output with its biases, dense, so that it can be added to in place."""
+    if slot.bias.shape[0]:
+        output = output + biased(slot, output).to(output.dtype)
+    return output.contiguous()
+
+
+def _rows(slot: FusedSlot, x: Tensor) -> int:
+    """How many rows of the table this call reads, as `per_row` of the torch backend."""
+    return x.shape[0] if x.dim() > 1 and 1 < x.shape[0] <= slot.scale.shape[0] else 1
 
 
 def _served(slot: FusedSlot, x: Tensor, other: Tensor) -> bool:
@@ -116,7 +146,8 @@ class MixedLinear(nn.Linear):
         if not _served(slot, input, self.weight):
             return add_delta(self, (input,), F.linear(input, self.weight, self.bias))
         alike = input.dtype == slot.down.dtype and not torch.is_autocast_enabled(input.device.type)
-        if slot.gate is not None or slot.bias.shape[0] or not alike:
+        by_row = slot.down.shape[0] > DENSE and _rows(slot, input) > 1
+        if slot.gate is not None or slot.bias.shape[0] or by_row or not alike:
             return _added(slot, input, F.linear(input, self.weight, self.bias))
         return linear(input, self.weight, self.bias, weighted(slot, input), slot.up)
 
@@ -131,6 +162,11 @@ class FusedBackend(TorchBackend):
         self._groups: dict[str, list[str]] = {}
         self._shared: dict[str, Shared] = {}
         self._swapped: list[nn.Module] = []
+        self._forget_gate()
+
+    def _forget_gate(self) -> None:
+        self._gate: FusedGate | None = None
+        self._forms: dict[str, tuple[Form, Tensor]] = {}
 
     def attach(self, job: Job) -> None:
         """As the torch backend; then says how many sites run in plain torch, and why."""
@@ -187,6 +223,8 @@ class FusedBackend(TorchBackend):
 
     def fill(self, adapters: Sequence[Adapter]) -> None:
         self._refuse_capture()
+        self._forget_gate()
+        self._partly = (None, None, None)
         super().fill(adapters)
 
     def apply(self, rows: Sequence[Mix], spread: Spread | None = None) -> None:
@@ -196,6 +234,28 @@ class FusedBackend(TorchBackend):
         super().apply(rows, spread)
         for shared in self._shared.values():
             shared.forget()
+
+    def _parts(self, mix: Mix, spread: Spread | None) -> None:
+        """As the torch backend; what the gate's kernel needs of each site is made before the first call."""
+        gate = self.job.gates.get(mix.gate) if mix.gate else None
+        if isinstance(gate, FusedGate) and gate is not self._gate:
+            self._gate, self._forms = gate, dict(self._formed(gate))
+        super()._parts(mix, spread)
+
+    def _formed(self, gate: FusedGate) -> Iterator[tuple[str, tuple[Form, Tensor]]]:
+        for name, slot in self._slots.items():
+            vectors = gate.vectors(name) if slot.reason is None else None
+            edges = [0, *(stop for _, _, stop in self._segments[name])]
+            if vectors is not None and max(b - a for _, a, b in self._segments[name]) <= MOST:
+                yield name, (form_of(slot.up, edges), vectors.to(slot.up.device, torch.float32).contiguous())
+
+    def _gated(self, site: str, gate: Gate, x: Tensor, output: Tensor, hidden: Tensor) -> Tensor:
+        if gate is not self._gate or site not in self._forms:
+            return super()._gated(site, gate, x, output, hidden)
+        form, vectors = self._forms[site]
+        output = output.contiguous()
+        lora_gate(output, hidden, self._slots[site].up, form, vectors)
+        return output
 
     def _refuse_capture(self) -> None:
         if capturing(self.job.device):
@@ -207,6 +267,7 @@ class FusedBackend(TorchBackend):
         for module in self._swapped:
             module.__class__ = nn.Linear
         self._swapped, self._groups, self._shared = [], {}, {}
+        self._forget_gate()
         super().detach()
 
 

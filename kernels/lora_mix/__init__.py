@@ -6,11 +6,13 @@ function is a torch operator with a fake implementation where torch compiles, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compose.kernels.choice import CHOICES, TORCH, Tile
+from compose.kernels.choice import CHOICES, TORCH, Key, Tile
 from compose.kernels.lora_mix import triton as launch
 from compose.kernels.support import (
     KernelError,
@@ -138,13 +140,14 @@ _PLANS: dict[tuple, Tile] = {}
 
 
 def _shrink(x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
-    key = (0, x.shape, x.dtype, x.device, down.shape, down.dtype, scale.shape)
+    key = (0, *_kind(x)[:3], *_kind(down), *_kind(scale))
     tile = _PLANS.get(key)
     flat = _flat(x)
     with on_device_of(x):
         if tile is None:
             _check_shrink(x, down, scale)
-            tile = _tile(key, SHRINKS, lambda tile: _shrunk(flat, down, scale, tile), x.device)
+            shape = ("shrink", *down.shape, scale.shape[0])
+            tile = _tile(key, shape, x, SHRINKS, lambda tile: _shrunk(flat, down, scale, tile))
         return _shrunk(flat, down, scale, tile).view(*x.shape[:-1], down.shape[0])
 
 
@@ -160,15 +163,14 @@ def _shrunk(x: Tensor, down: Tensor, scale: Tensor, tile: Tile) -> Tensor:
 
 
 def _expand(y: Tensor, hidden: Tensor, up: Tensor) -> None:
-    key = (1, y.shape, y.dtype, y.device, hidden.shape, hidden.dtype, up.shape, up.dtype)
+    key = (1, *_kind(y), *_kind(hidden), *_kind(up))
     tile = _PLANS.get(key)
     with on_device_of(y):
         if tile is None:
             _check_expand(y, hidden, up)
             waste = torch.empty_like(y) if y.is_cuda else y
-            tile = _tile(key, EXPANDS, lambda tile: _expanded(waste, hidden, up, tile), y.device)
-        if not y.is_contiguous():
-            raise KernelError(f"y of shape {tuple(y.shape)} has strides {y.stride()}; expected it contiguous")
+            shape = ("expand", *up.shape)
+            tile = _tile(key, shape, y, EXPANDS, lambda tile: _expanded(waste, hidden, up, tile))
         _expanded(y, hidden, up, tile)
 
 
@@ -183,13 +185,14 @@ def _expanded(y: Tensor, hidden: Tensor, up: Tensor, tile: Tile) -> None:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor) -> Tensor:
-    key = (2, x.shape, x.dtype, x.device, weight.shape, weight.dtype, bias is None, hidden.shape, up.shape)
+    key = (2, *_kind(x), *_kind(weight), *_kind(hidden), *_kind(up), *(() if bias is None else _kind(bias)))
     tile = _PLANS.get(key)
     with on_device_of(x):
         if tile is None:
             _check_linear(x, weight, bias, hidden, up)
             tiles = LINEARS if _describable(x, weight) else LINEARS[:1]
-            tile = _tile(key, tiles, lambda tile: _product(x, weight, bias, hidden, up, tile), x.device)
+            shape = ("linear", *weight.shape, up.shape[1])
+            tile = _tile(key, shape, x, tiles, lambda tile: _product(x, weight, bias, hidden, up, tile))
         return _product(x, weight, bias, hidden, up, tile)
 
 
@@ -208,6 +211,11 @@ def _product(
     return y
 
 
+def _kind(t: Tensor) -> tuple:
+    """All that decides whether a tensor fits, and which way is fastest."""
+    return t.shape, t.dtype, t.device, t.stride()
+
+
 def _flat(x: Tensor) -> Tensor:
     """(tokens, K) with a dense last dimension; a view wherever one exists."""
     flat = x.reshape(-1, x.shape[-1])
@@ -223,17 +231,14 @@ def _describable(x: Tensor, weight: Tensor) -> bool:
     ) and (x.dim() == 2 or x.is_contiguous())
 
 
-def _tile(key: tuple, tiles: tuple[Tile, ...], run, device: torch.device) -> Tile:
-    """The choice for this shape; remembered unless it could not be measured yet."""
-    if device.type == "cpu":
+def _tile(key: tuple, shape: Key, x: Tensor, tiles: tuple[Tile, ...], run: Callable[[Tile], object]) -> Tile:
+    """The choice for `shape`, kept under the exact `key` too unless it could not be measured yet."""
+    if x.device.type == "cpu":
         return _PLANS.setdefault(key, SMALL[0])
-    kind, (*batch, width) = key[0], key[1]
-    tokens = -(-torch.Size(batch).numel() // BUCKET)
-    sizes = [size for part in key[4:] if isinstance(part, torch.Size) for size in part[-2:]]
-    kept = ("shrink", "expand", "linear")[kind], tokens, width, *sizes, str(key[2])
-    known = CHOICES.get(kept)
-    tile = known or CHOICES.measured(kept, tiles, run, device)
-    if known or CHOICES.get(kept):
+    tokens = -(-x.shape[:-1].numel() // BUCKET)
+    kept = (*shape, tokens, str(x.dtype))
+    tile = CHOICES.get(kept) or CHOICES.measured(kept, tiles, run, x.device)
+    if CHOICES.get(kept):
         _PLANS[key] = tile
     return tile
 
@@ -263,6 +268,8 @@ def _check_expand(y: Tensor, hidden: Tensor, up: Tensor) -> None:
     check_like("up", up, hidden, "hidden")
     check_unit_stride("hidden", hidden)
     check_unit_stride("up", up)
+    if not y.is_contiguous():
+        raise KernelError(f"y of shape {tuple(y.shape)} has strides {y.stride()}; expected it contiguous")
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor) -> None:

@@ -47,7 +47,7 @@ def shrink_kernel(
             acc = tl.dot(a, tl.trans(d), acc, input_precision=PRECISION)
     if SPLITS == 1:
         acc = acc * gain[None, :]
-    to = out + split * part.to(tl.int64) + token[:, None] * R + r[None, :]
+    to = out + split.to(tl.int64) * part + token[:, None] * R + r[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=(t[:, None] < T) & (r[None, :] < R))
 
 
@@ -62,8 +62,9 @@ def sum_splits_kernel(
     mask = (t[:, None] < T) & (r[None, :] < R)
     at = (row.to(tl.int64) * T + t)[:, None] * R + r[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-    for split in tl.static_range(SPLITS):  # a fixed order: the sum is the same each time
-        acc += tl.load(parts + split * part.to(tl.int64) + at, mask=mask, other=0.0)
+    for _ in tl.static_range(SPLITS):  # a fixed order: the sum is the same each time
+        acc += tl.load(parts + at, mask=mask, other=0.0)
+        parts += part  # whatever its size, an address moves in 64 bits
     gain = tl.load(scale + row * stride_scale + r, mask=r < R, other=0.0)
     tl.store(out + at, (acc * gain[None, :]).to(out.dtype.element_ty), mask=mask)
 
@@ -153,11 +154,13 @@ def arithmetic(x: Tensor) -> dict[str, bool | str]:
     return {"UPCAST": interpreting() or x.dtype == torch.float32, "PRECISION": "ieee"}
 
 
-def launch_shrink(x: Tensor, down: Tensor, scale: Tensor, out: Tensor, tile: Tile) -> None:
+def launch_shrink(
+    x: Tensor, down: Tensor, scale: Tensor, out: Tensor, tile: Tile, block_r: int | None = None
+) -> None:
     """x (B*T, K), down (R, K), scale (B, R) float32 -> out (B*T, R), dense."""
     rows, rank = scale.shape
     tokens, width = x.shape[0] // rows, x.shape[1]
-    block_r = power(rank)
+    block_r = block_r or power(rank)
     steps = triton.cdiv(triton.cdiv(width, tile.depth), tile.splits)
     to = out if tile.splits == 1 else out.new_empty((tile.splits, *out.shape), dtype=torch.float32)
     shrink_kernel[(triton.cdiv(tokens, tile.tokens), rows * triton.cdiv(rank, block_r), tile.splits)](
