@@ -8,6 +8,10 @@ from compose.app.dispatch import add_commands, run
 
 TRAINERS: dict[str, tuple[str, str]] = {
     "lora": ("compose.app.train_lora", "teach a base a subject or a style from a folder of pictures"),
+    "shira": (
+        "compose.app.train_shira",
+        "the same as a sparse adapter, which switches in place and fuses cleanly",
+    ),
     "base": ("compose.training.base", "train the bundled base, stage by stage"),
 }
 __all__ = ["TRAINERS", "add_arguments", "run"]

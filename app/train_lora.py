@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,12 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compose.loading import Source
-    from compose.training.lora import BaseFacts, LoraSettings, Watch
+    from compose.training.lora import BaseFacts, Settings, Watch
 
 # Settings by the name of their option: those that are not given stay with the base's own defaults.
 _NUMBERS = {
-    "rank": int,
-    "alpha": float,
     "steps": int,
     "batch": int,
     "accumulate": int,
@@ -36,8 +35,6 @@ _NUMBERS = {
 }
 _NUMBERS |= {"seed": int, "caption_dropout": float, "guidance": float, "checkpoint_every": int}
 _HELP = {
-    "rank": "size of the adapter (4)",
-    "alpha": "scale: the change is multiplied by alpha / rank (alpha = rank)",
     "steps": "optimiser steps (compose-mini 400, others 1000)",
     "batch": "pictures per step and process (compose-mini 8, others 1)",
     "accumulate": "batches gathered into one step (1)",
@@ -51,6 +48,39 @@ _HELP = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--rank", type=int, metavar="N", help="size of the adapter (4)")
+    add(
+        "--alpha",
+        type=float,
+        metavar="N",
+        help="scale: the change is multiplied by alpha / rank (alpha = rank)",
+    )
+    add_common_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train a LoRA, save it, draw the preview."""
+    return teach(args, Craft("compose.training.lora", (*COMMON, "rank", "alpha"), _load_into))
+
+
+def _load_into(pipe: DiffusionPipeline, path: Path) -> AbstractContextManager[None]:
+    pipe.load_lora_weights(path)
+    return nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class Craft:
+    """A kind of adapter: the module with its `settings_for` and `train`, its settings by the name of their option, and
+    what lets the finished file act in a pipeline while a picture is drawn."""
+
+    module: str
+    settings: tuple[str, ...]
+    wear: Callable[[DiffusionPipeline, Path], AbstractContextManager[None]]
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every adapter that learns from a folder of pictures takes."""
     add = parser.add_argument
     add(
         "--images",
@@ -90,11 +120,11 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-_SETTINGS = (*_NUMBERS, "trigger", "targets", "text_encoder", "gradient_checkpointing", "precision", "dtype")
-_SETTINGS += ("description", "tags", "role", "licence")
+COMMON = (*_NUMBERS, "trigger", "targets", "text_encoder", "gradient_checkpointing", "precision", "dtype")
+COMMON += ("description", "tags", "role", "licence")
 
 
-def run(args: argparse.Namespace) -> int:
+def teach(args: argparse.Namespace, craft: Craft) -> int:
     """Train, save, draw the preview. Everything a user can get wrong is refused before the base is loaded."""
     pictures = read_folder(args.images, args.trigger, args.template)
     out = _out(args)
@@ -102,12 +132,11 @@ def run(args: argparse.Namespace) -> int:
         raise TrainingError("--validate-prompt and --validate-every go together; give both or neither")
 
     from compose.loading import find
-    from compose.training.lora import settings_for
 
     base = find(args.base, args.base_config)
-    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-    settings = settings_for(base.kind, given)
-    _train(settings, base, pictures, out, args)
+    given = {name: getattr(args, name) for name in craft.settings if getattr(args, name) is not None}
+    settings = importlib.import_module(craft.module).settings_for(base.kind, given)
+    _train(settings, base, pictures, out, args, craft)
     return 0
 
 
@@ -122,11 +151,16 @@ def _out(args: argparse.Namespace) -> Path:
 
 
 def _train(
-    settings: LoraSettings, base: Source, pictures: list[Picture], out: Path, args: argparse.Namespace
+    settings: Settings,
+    base: Source,
+    pictures: list[Picture],
+    out: Path,
+    args: argparse.Namespace,
+    craft: Craft,
 ) -> None:
     """Encode once, train, load the finished file as anyone would, and draw with it."""
     from compose.training.examples import encode, encode_text
-    from compose.training.lora import machine, train
+    from compose.training.lora import machine
 
     quiet_libraries()
     here = machine(settings)
@@ -139,7 +173,7 @@ def _train(
     easel = _Easel(pipe, prompts, text, settings, here.device)
     watch = easel.watch(out, args.validate_every) if args.validate_every and here.is_main_process else None
     with _told(out):
-        path = train(
+        path = importlib.import_module(craft.module).train(
             settings,
             pipe,
             lambda generator: examples.draw(generator, settings.batch, settings.caption_dropout),
@@ -149,8 +183,8 @@ def _train(
             watch=watch,
         )
     if here.is_main_process:
-        pipe.load_lora_weights(path)
-        easel.draw(path.with_suffix(".png"))
+        with craft.wear(pipe, path):
+            easel.draw(path.with_suffix(".png"))
         print(path, path.with_suffix(".png"), sep="\n")
 
 
@@ -192,7 +226,7 @@ class _Easel:
     pipe: DiffusionPipeline
     prompts: list[str]
     text: Mapping[str, Tensor] | None
-    settings: LoraSettings
+    settings: Settings
     device: torch.device
 
     def draw(self, path: Path) -> None:
