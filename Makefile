@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PROMPT ?= a dog face on a beige background, high contrast style
 
-.PHONY: demo test lint fmt clean
+.PHONY: demo test lint fmt clean bench-check
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,7 @@ bench-check: $(STAMP)  ## every row of benchmarks/results that misses its target
 
 bench-%: $(STAMP)  ## one question: make bench-base [ROWS=id,...] [QUICK=1]
 	$(BIN)/python -m benchmarks.$* $(if $(ROWS),--rows $(ROWS)) $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) build *.egg-info
