@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import nn
+from torch import bfloat16, cuda, nn  # not `import torch`: the module torch.py here would take that name
 
 from compose.adapter import Adapter, LowRank
 from compose.backends.base import (
@@ -41,7 +40,7 @@ def _triton() -> Backend:
 
 
 def _fold() -> Backend:
-    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+    if importlib.util.find_spec("triton") is None or not cuda.is_available():
         return FoldBackend()
     from compose.backends.fused_fold import FusedFoldBackend  # as above
 
@@ -88,7 +87,7 @@ def _side_path(roots: Sequence[nn.Module]) -> str:
     parameter = next((p for root in roots for p in root.parameters()), None)
     if parameter is None or not parameter.is_cuda:
         return "torch"
-    dtype = parameter.dtype if parameter.is_floating_point() else torch.bfloat16
+    dtype = parameter.dtype if parameter.is_floating_point() else bfloat16
     return "torch" if why_not(parameter.device, dtype) else "triton"
 
 
