@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compose.errors import LibraryError, unknown
+from compose.retrieval.dictionary import meanings
 
 ROLES = ("style", "concept", "character", "clothing", "background", "pose", "detail", "other")
 UNKNOWN = "unknown"
@@ -62,7 +63,8 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text of a card that can be compared with a prompt, and what it is: name, trigger, summary, description, tag."""
+    """A text of a card that can be compared with a prompt, and what it is: name, trigger, summary, description, meaning
+    (from the dictionary), tag."""
 
     kind: str
     text: str
@@ -142,6 +144,8 @@ def texts(card: Card) -> tuple[Text, ...]:
         else []
     )
     found += [Text("description", sentence) for sentence in _sentences(card.description)[:4]]
+    if card.role not in ("style", "background"):
+        found += [Text("meaning", _plain(meaning)) for meaning in meanings(readable(card.name))]
     found += [Text("tag", readable(tag)) for tag in card.tags]
     distinct = {text.text: text for text in reversed(found) if text.text}
     return tuple(sorted(distinct.values(), key=found.index)[:_TEXTS])

@@ -28,7 +28,7 @@ PARTS = ("base", "zoo", "test")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipSettings:
     batch: int = 1024
-    phrases: int = 1024
+    phrases: int = 1024  # groups of which two phrases are taken
     deck: int = 300_000  # captioned scenes per process
     rate: float = 1e-3
     steps: int = 60_000
@@ -44,7 +44,7 @@ def config(tokenizer: CLIPTokenizer) -> dict:
         "vision_cfg": {"image_size": 128, "layers": 4, "width": 192, "head_width": 64, "patch_size": 8, "mlp_ratio": 4.0, "pool_type": "avg"},
         "text_cfg": {
             "context_length": CLIP_LENGTH, "vocab_size": len(tokenizer), "hf_tokenizer_name": "tokenizer", "width": 256, "heads": 4,
-            "layers": 3, "mlp_ratio": 4.0, "pool_type": "eos", "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id,
+            "layers": 5, "mlp_ratio": 4.0, "pool_type": "eos", "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id,
         },
     }  # fmt: skip
 
@@ -81,17 +81,33 @@ def describe(shown: Captioned, sampler: Sampler) -> str:
 
 
 class Sentences:
-    """Phrases and their teacher embeddings (n, 384), unit rows."""
+    """Phrases, their teacher embeddings (n, 384) with unit rows, and groups of phrases that mean one thing."""
 
     def __init__(self, path: Path, tokenizer: CLIPTokenizer, device: torch.device):
         file = load_file(path)
         phrases = bytes(file["text"].numpy()).decode().split("\n")
-        self.tokens = torch.cat([text_batch(tokenizer, phrases[i : i + 4096], device) for i in range(0, len(phrases), 4096)])
-        self.vectors = F.normalize(file["vectors"].float(), dim=-1).to(device)
+        order = file["group"].argsort(stable=True)
+        tokens = torch.cat([text_batch(tokenizer, phrases[i : i + 4096], torch.device("cpu")) for i in range(0, len(phrases), 4096)])
+        self.tokens, self.vectors = tokens[order].to(device), F.normalize(file["vectors"][order].float(), dim=-1).to(device)
+        self.sizes = file["group"].long().bincount()
+        self.sizes = self.sizes[self.sizes > 0].to(device)
+        self.starts = self.sizes.cumsum(0) - self.sizes
 
-    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(self.tokens), (count,), device=self.tokens.device, generator=generator)
+    def sample(self, groups: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(token ids, teacher vectors) of two phrases from each of `groups` random groups: rows i and i + groups."""
+        device = self.tokens.device
+        chosen = torch.randperm(len(self.sizes), device=device, generator=generator)[:groups].repeat(2)
+        pick = torch.rand(len(chosen), device=device, generator=generator)
+        rows = self.starts[chosen] + (pick * self.sizes[chosen]).long()
         return self.tokens[rows], self.vectors[rows]
+
+
+def meaning_loss(student: Tensor, temperature: float = 0.05) -> Tensor:
+    """InfoNCE over pairs of phrases that mean one thing (rows i and i + n / 2): a reverse dictionary."""
+    one, two = F.normalize(student.float(), dim=-1).chunk(2)
+    scores = one @ two.T / temperature
+    right = torch.arange(len(one), device=one.device)
+    return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
 
 
 def sentence_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05) -> Tensor:
@@ -137,8 +153,9 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
             said = model.encode_text(torch.cat([tokens[rows], phrase]))
             ours, theirs = said[: len(rows)], said[len(rows) :]
             loss_pairs = contrast(seen.float(), F.normalize(ours.float(), dim=-1), model.logit_scale.exp().float())
-            loss_words = sentence_loss(sentence(theirs), vectors)
-        (loss_pairs + 2 * loss_words).backward()
+            meant = sentence(theirs)
+            loss_words, loss_same = sentence_loss(meant, vectors), meaning_loss(meant)
+        (loss_pairs + loss_words + loss_same).backward()
         loop.average_gradients(parameters, world)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -148,7 +165,7 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
         schedule.step += 1
         if schedule.step % settings.every == 0 or schedule.step == 20:
             right = (seen.float() @ F.normalize(ours.float(), dim=-1).T).argmax(1).eq(torch.arange(len(seen), device=world.device)).float().mean()
-            world.say(f"clip {schedule.step} progress {schedule.known[0]:.3f} pairs {loss_pairs.item():.3f} words {loss_words.item():.3f} in-batch r@1 {right.item():.3f} scale {model.logit_scale.exp().item():.1f} {schedule.step * settings.batch * world.size / (time.monotonic() - began):.0f}/s")
+            world.say(f"clip {schedule.step} progress {schedule.known[0]:.3f} pairs {loss_pairs.item():.3f} words {loss_words.item():.3f} same {loss_same.item():.3f} in-batch r@1 {right.item():.3f} scale {model.logit_scale.exp().item():.1f} {schedule.step * settings.batch * world.size / (time.monotonic() - began):.0f}/s")
     if world.first:
         state = {**model.state_dict(), "sentence.weight": sentence.weight}
         save_file({k: v.detach().half().cpu().contiguous() for k, v in state.items()}, out / "clip.safetensors")

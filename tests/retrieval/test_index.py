@@ -22,7 +22,7 @@ def cards(tmp_path) -> list[Card]:
     return [
         Card(name="dog", tags=("bark",)),
         Card(name="rose", previews=(shown,)),
-        Card(name="tulip", tags=("flower",)),
+        Card(name="tulip", role="style", tags=("flower",)),  # styles have no dictionary meanings
     ]
 
 

