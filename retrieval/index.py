@@ -68,7 +68,9 @@ class Index:
         self._file = None if folder is None else folder / "vectors" / f"{clip.sha256[:16]}.faiss"
         seed = clip.folder / seed_name(clip)
         width = clip.words_width + clip.width
-        self._vectors = _read(self._file, width) or _copied(_read(seed, width), _empty(width)) or _empty(width)
+        self._vectors = (
+            _read(self._file, width) or _copied(_read(seed, width), _empty(width)) or _empty(width)
+        )
 
     @classmethod
     def open(cls, folder: Path | None = None, clip: Encoder | None = None) -> Index:
@@ -183,7 +185,9 @@ def _copied(source: faiss.IndexIDMap2 | None, target: faiss.IndexIDMap2) -> fais
     if source is None:
         return None
     if source.ntotal:
-        target.add_with_ids(source.index.reconstruct_n(0, source.ntotal), faiss.vector_to_array(source.id_map))
+        target.add_with_ids(
+            source.index.reconstruct_n(0, source.ntotal), faiss.vector_to_array(source.id_map)
+        )
     return target
 
 
@@ -193,14 +197,14 @@ def _entries(card: Card) -> list[tuple[int, Text]]:
 
 
 def _texts(card: Card) -> list[tuple[int, Text]]:
-    return list(_keyed(card.name, card.triggers, card.description, card.tags))
+    return list(_keyed(card.name, card.role, card.triggers, card.description, card.tags))
 
 
 @functools.lru_cache(maxsize=1 << 16)  # a search asks for every card's texts several times
 def _keyed(
-    name: str, triggers: tuple[str, ...], description: str, tags: tuple[str, ...]
+    name: str, role: str, triggers: tuple[str, ...], description: str, tags: tuple[str, ...]
 ) -> tuple[tuple[int, Text], ...]:
-    card = Card(name=name, triggers=triggers, description=description, tags=tags)
+    card = Card(name=name, role=role, triggers=triggers, description=description, tags=tags)
     return tuple((_key("text", text.text.encode()), text) for text in texts(card))
 
 
