@@ -62,7 +62,8 @@ def shrink(module: nn.Module, slot: Slot, x: Tensor) -> Tensor:
         hidden = hidden * scale[:, :, None, None]
     else:
         hidden = F.linear(x.to(down.dtype), down)
-        hidden = hidden * scale.view(scale.shape[0], *[1] * (x.dim() - 2), scale.shape[1])
+        by_row = scale.view(scale.shape[0], *[1] * (x.dim() - 2), scale.shape[1])
+        hidden = hidden * (by_row if x.dim() > 1 else scale[0])
     if slot.tokens is not None:
         hidden = hidden * slot.tokens(tuple(hidden.shape))
     return hidden.to(down.dtype)
@@ -84,6 +85,8 @@ def biased(slot: Slot, delta: Tensor) -> Tensor:
     bias = per_row(slot.bias_scale, delta).to(slot.bias.dtype) @ slot.bias.to(delta.device)
     if slot.down.dim() == 4:
         return bias[:, :, None, None]
+    if delta.dim() == 1:
+        return bias[0]
     return bias.view(bias.shape[0], *[1] * (delta.dim() - 2), bias.shape[1])
 
 

@@ -1,0 +1,363 @@
+"""The triton backend: what the torch backend computes, layer by layer and through a whole pipeline."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from compose.adapter import Adapter, LowRank
+from compose.backends import BACKENDS, Budget, Job
+from compose.backends.base import Spread
+from compose.backends.fused import FusedBackend, MixedLinear, Shared
+from compose.backends.fused_fold import FusedFoldBackend
+from compose.backends.torch import TorchBackend
+from compose.engine import Composition, composed
+from compose.errors import BackendError
+from compose.kernels.lora_gate import VECTORS
+from compose.kernels.lora_gate import naive as gate_naive
+from compose.plan import Mix
+from compose.policies import Merge, Switch
+from compose.sites import Site, Sites
+
+NAMES = ("to_q", "to_k", "to_v")
+
+
+class Attention(nn.Module):
+    """Three layers that read one tensor, one of another width, one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in NAMES:
+            setattr(self, name, nn.Linear(24, 16))
+        self.out = nn.Linear(16, 24, bias=False)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.out(self.to_q(x) + self.to_k(x) * self.to_v(x))
+
+
+def made(device, dtype=torch.float32):
+    torch.manual_seed(0)
+    net = Attention().requires_grad_(False).to(device, dtype)
+    modules = {f"net.attn.{name}": getattr(net, name) for name in (*NAMES, "out", "conv")}
+    sites = Sites(
+        Site(
+            name=name,
+            component="net",
+            module=module,
+            shape=tuple(module.weight.shape),
+            group="net.attn.qkv" if name[-4:] in NAMES else name,
+        )
+        for name, module in modules.items()
+    )
+    return net, sites
+
+
+def adapter(sites, name, seed, rank, match=lambda name: True, biases=False):
+    g = torch.Generator().manual_seed(seed)
+    deltas, extra = {}, {}
+    for site in filter(match, sites):
+        shape = sites[site].shape
+        ones = [1] * (len(shape) - 2)
+        deltas[site] = LowRank(
+            down=torch.randn(rank, *shape[1:], generator=g) / 4,
+            up=torch.randn(shape[0], rank, *ones, generator=g),
+            scale=0.7,
+        )
+        if biases:
+            extra[site] = torch.randn(shape[0], generator=g)
+    return Adapter(name=name, family="x", deltas=deltas, biases=extra)
+
+
+def both(device, adapters, **more):
+    """(net, backend) under the plain and under the fused backend."""
+    for backend in (TorchBackend(), FusedBackend()):
+        net, sites = made(device)
+        given = [make(sites) for make in adapters]
+        backend.attach(Job(sites=sites, adapters=given, roots=[net], device=torch.device(device), **more))
+        yield net, backend
+
+
+TWO = [lambda s: adapter(s, "a", 1, 3), lambda s: adapter(s, "b", 2, 5, lambda name: "to_k" not in name)]
+
+
+def agree(nets, call):
+    plain, fused = (call(net) for net in nets)
+    assert torch.isfinite(fused).all()
+    assert plain.shape == fused.shape and plain.dtype == fused.dtype
+    assert (plain - fused).norm() <= 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_it_computes_what_the_torch_backend_computes(biases, device):
+    adapters = [*TWO, lambda s: adapter(s, "c", 3, 1, lambda name: "conv" not in name, biases)]
+    nets, backends = zip(*both(device, adapters), strict=True)
+    x, grid = torch.randn(2, 9, 24, device=device), torch.randn(2, 3, 6, 6, device=device)
+    for weights in ({"a": 0.5, "b": -1.0, "c": 2.0}, {"b": 1.0}, {}):
+        for backend in backends:
+            backend.apply([Mix(weights=weights)])
+        agree(nets, lambda net: net(x))
+        agree(nets, lambda net: net.conv(grid))
+        for shape in ((24,), (5, 24), (1, 2, 3, 24), (20, 4, 24), (0, 24)):
+            flat = torch.randn(shape, device=device)
+            agree(nets, lambda net, flat=flat: net.to_q(flat))
+
+
+def test_rows_of_a_call_may_differ(device):
+    for rank in (5, 140):  # all ranks for every row, and only those a row needs
+        adapters = [lambda s, r=rank: adapter(s, "a", 1, r), lambda s: adapter(s, "b", 2, 3)]
+        nets, backends = zip(*both(device, adapters, budget=Budget(rows=3)), strict=True)
+        rows = [Mix(weights={"a": 1.0}), Mix(weights={"b": -0.5}), Mix(weights={})]
+        for backend in backends:
+            backend.apply(rows)
+        x = torch.randn(3, 9, 24, device=device)
+        agree(nets, lambda net, x=x: net(x))
+
+
+def test_masks_reach_the_kernels(device):
+    half = torch.cat([torch.ones(4), torch.zeros(5)])
+    spread = Spread(share=lambda tokens, name, site: half.to(device) if name == "a" else None)
+    nets, backends = zip(*both(device, TWO), strict=True)
+    for backend in backends:
+        backend.apply([Mix(weights={"a": 1.0, "b": 0.5}, mask="m")], spread)
+    x = torch.randn(1, 9, 24, device=device)
+    agree(nets, lambda net: net(x))
+    agree(nets, lambda net: net.to_q(x))
+
+
+def test_layers_that_read_one_tensor_shrink_it_once(device, monkeypatch):
+    (_, _), (net, backend) = both(device, TWO)
+    backend.apply([Mix(weights={"a": 1.0, "b": 1.0})])
+    made_of = []
+    monkeypatch.setattr(
+        "compose.backends.fused.shrink",
+        lambda x, down, scale, run=FusedBackend.__init__.__globals__["shrink"]: (
+            made_of.append(tuple(down.shape)),
+            run(x, down, scale),
+        )[1],
+    )
+    net(torch.randn(1, 9, 24, device=device))
+    assert made_of == [(8 + 3 + 8, 24), (8, 16)]  # q, k and v together, then out
+    shared = [slot.shared for slot in backend._slots.values() if slot.shared is not None]
+    assert len(shared) == 3 and all(each is shared[0] for each in shared)
+    assert shared[0].x is None and shared[0].hidden is None  # nothing is kept alive
+
+
+def test_a_shared_shrink_is_never_that_of_another_tensor(device):
+    shared = Shared(torch.randn(4, 8, device=device), torch.ones(1, 4, device=device), 2)
+    one, two = torch.randn(1, 3, 8, device=device), torch.randn(1, 3, 8, device=device)
+    first, second = shared.of(one, 1), shared.of(two, 1)
+    assert not torch.allclose(first, second) and torch.equal(shared.of(two, 1), second)
+
+
+class Auto:
+    """AutoLoRA's gate, worked out in full, and its vectors for the kernel."""
+
+    def __init__(self, device, sites):
+        g = torch.Generator().manual_seed(5)
+        self.of = {
+            name: torch.randn(len(VECTORS), sites[name].shape[0], generator=g).to(device) for name in sites
+        }
+
+    def vectors(self, site):
+        return self.of[site] if "out" not in site else None
+
+    def __call__(self, site, x, output, deltas):
+        ups = deltas.flatten(1, -2)
+        width = ups.shape[-1]
+        total = output
+        for delta in deltas:  # one adapter at a time, against the base output
+            one = gate_naive.lora_gate(
+                output, delta, torch.eye(width, device=x.device), [0, width], self.of[site]
+            )
+            total = total + (one - output)
+        return total
+
+
+def test_gates_run_in_the_kernel_where_they_can(device, monkeypatch):
+    _, sites = made(device)
+    gate = Auto(device, sites)
+    adapters = [
+        lambda s: adapter(s, "a", 1, 3, lambda name: "conv" not in name),
+        lambda s: adapter(s, "b", 2, 5, lambda name: "conv" not in name),
+    ]
+    nets, backends = zip(*both(device, adapters, gates={"auto": gate}), strict=True)
+    for backend in backends:
+        backend.apply([Mix(weights={"a": 0.6, "b": -1.0}, gate="auto")])
+    x = torch.randn(1, 9, 24, device=device)
+    agree(nets, lambda net: net.to_q(x))
+    agree(nets, lambda net: net(x))
+    called = []
+    monkeypatch.setattr(Auto, "__call__", lambda self, *args: called.append(args[0]) or args[2])
+    nets[1](x)
+    assert called == ["net.attn.out"]  # the one whose vectors it does not give
+
+
+def test_it_says_which_sites_run_in_plain_torch_and_why(device):
+    said = []
+    net, sites = made(device)
+    backend = FusedBackend()
+    adapters = [adapter(sites, "a", 1, 2)]
+    backend.attach(
+        Job(sites=sites, adapters=adapters, roots=[net], device=torch.device(device), say=said.append)
+    )
+    assert said == ["backend triton: 1 of 5 sites run in plain torch: convolutions have no kernel"]
+    backend.detach()
+    said.clear()
+    net.double()
+    backend = FusedBackend()
+    backend.attach(
+        Job(sites=sites, adapters=adapters, roots=[net], device=torch.device(device), say=said.append)
+    )
+    assert any("4 of 5 sites run in plain torch: float64 has no kernel" in line for line in said)
+    backend.apply([Mix(weights={"a": 1.0})])
+    assert net(torch.randn(1, 3, 24, device=device, dtype=torch.float64)).dtype == torch.float64
+    backend.detach()
+
+
+def test_detaching_leaves_plain_layers_and_their_bits(device):
+    net, sites = made(device)
+    x = torch.randn(1, 9, 24, device=device)
+    base = net(x)
+    backend = FusedBackend()
+    backend.attach(
+        Job(sites=sites, adapters=[adapter(sites, "a", 1, 2)], roots=[net], device=torch.device(device))
+    )
+    assert type(net.to_q) is MixedLinear
+    backend.apply([Mix(weights={"a": 1.0})])
+    assert not torch.allclose(net(x), base)
+    backend.detach()
+    assert type(net.to_q) is nn.Linear and not net.to_q._forward_hooks
+    assert torch.equal(net(x), base) and not any("compose" in key for key in vars(net.to_q))
+
+
+class Opaque(nn.Linear):
+    """A layer whose product is its own affair, as quantised ones are."""
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight, self.bias)
+
+
+def test_layers_with_a_product_of_their_own_keep_it(device):
+    outputs = []
+    for kind in (nn.Linear, Opaque):
+        net, sites = made(device)
+        net.to_q.__class__ = kind
+        backend = FusedBackend()
+        backend.attach(
+            Job(sites=sites, adapters=[adapter(sites, "a", 1, 2)], roots=[net], device=torch.device(device))
+        )
+        backend.apply([Mix(weights={"a": 1.0})])
+        assert type(net.to_q) is (MixedLinear if kind is nn.Linear else Opaque)
+        outputs.append(net(torch.linspace(-1, 1, 72, device=device).view(1, 3, 24)))
+        backend.detach()
+        assert type(net.to_q) is kind
+    assert torch.allclose(*outputs, atol=1e-5)
+
+
+def test_gradients_are_never_lost(device):
+    (net, plain), (fused_net, fused) = both(device, TWO)
+    grads = []
+    for each, backend in ((net, plain), (fused_net, fused)):
+        backend.apply([Mix(weights={"a": 1.0, "b": 1.0})])
+        x = torch.linspace(-1, 1, 72, device=device).view(1, 3, 24).requires_grad_()
+        each(x).square().sum().backward()
+        grads.append(x.grad)
+    assert torch.allclose(*grads, atol=1e-4)
+
+
+def test_other_adapters_within_the_budget_and_what_exceeds_it(device):
+    nets, backends = zip(*both(device, TWO, budget=Budget(rank=8)), strict=True)
+    _, sites = made(device)
+    for backend in backends:
+        backend.fill([adapter(sites, "c", 7, 8)])
+        backend.apply([Mix(weights={"c": 0.5})])
+    x = torch.randn(1, 5, 24, device=device)
+    agree(nets, lambda net: net(x))
+    with pytest.raises(BackendError, match="needs rank 9 and 0 biases, the budget has"):
+        backends[1].fill([adapter(sites, "d", 7, 9)])
+
+
+def test_nothing_changes_while_a_graph_is_captured(device, monkeypatch):
+    (_, _), (_, backend) = both(device, TWO)
+    mix = Mix(weights={"a": 1.0})
+    backend.apply([mix])
+    monkeypatch.setattr("compose.backends.fused.capturing", lambda device: True)
+    backend.apply([mix])  # the same weights: nothing is written
+    with pytest.raises(BackendError, match="cannot change while a CUDA graph is captured"):
+        backend.apply([Mix(weights={"a": 0.5})])
+    with pytest.raises(BackendError, match="cannot change while a CUDA graph is captured"):
+        backend.fill([])
+
+
+def latents(pipe):
+    return tiny.image(pipe, "flux", output_type="latent", num_inference_steps=1)
+
+
+def in_single_blocks(site):
+    return ".single_transformer_blocks." in site and (".attn." in site or "proj_mlp" in site)
+
+
+def test_a_pipeline_draws_alike_and_is_left_alike():
+    pipe = tiny.flux(0)
+    adapters = [tiny.random_adapter(pipe, n, seed=i, match=in_single_blocks) for i, n in enumerate("ab")]
+    base, drawn = latents(pipe), {}
+    for backend in ("torch", "triton"):
+        with composed(pipe, adapters, Merge(weights={"a": 0.7, "b": -0.4}), backend):
+            drawn[backend] = latents(pipe)
+    assert torch.allclose(drawn["torch"], drawn["triton"], atol=1e-5)
+    assert not torch.allclose(drawn["torch"], base, atol=1e-3)
+    assert torch.equal(latents(pipe), base)
+
+
+def test_compiled_blocks_change_their_mix_without_compiling_again():
+    torch.compiler.reset()
+    pipe = tiny.flux(0)
+    adapters = [tiny.random_adapter(pipe, n, seed=i, match=in_single_blocks) for i, n in enumerate("ab")]
+    base, wanted = latents(pipe), {}
+    policies = [Merge(weights={"a": 0.3, "b": 0.9}), Switch(weights={"b": -0.5, "a": 1.0})]
+    for n, policy in enumerate(policies):
+        with composed(pipe, adapters, policy, "torch"):
+            wanted[n] = latents(pipe)
+    with Composition(pipe, adapters, policies[0], "triton", budget=Budget(rank=8)) as composition:
+        for block in pipe.transformer.single_transformer_blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+        assert torch.allclose(latents(pipe), wanted[0], atol=1e-5)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            composition.change(policy=policies[1])
+            assert torch.allclose(latents(pipe), wanted[1], atol=1e-5)
+    assert torch.allclose(latents(pipe), base, atol=1e-6)
+    torch.compiler.reset()
+
+
+def test_folding_in_one_launch_equals_folding_site_by_site(device):
+    results = {}
+    for backend in (BACKENDS["fold"](), FusedFoldBackend()):
+        net, sites = made(device)
+        kept = {name: p.clone() for name, p in net.named_parameters()}
+        adapters = [adapter(sites, "a", 1, 3), adapter(sites, "b", 2, 5, lambda name: "to_k" not in name)]
+        adapters.append(adapter(sites, "c", 3, 2, lambda name: "to_v" in name, biases=True))
+        backend.attach(Job(sites=sites, adapters=adapters, roots=[net], device=torch.device(device)))
+        for weights in ({"a": 1.0}, {"a": 0.5, "b": {"net.attn.to_q": 2.0}, "c": 1.0}):
+            backend.apply([Mix(weights=weights)])
+            folded = torch.cat([p.flatten() for p in net.parameters()])
+            results.setdefault(str(weights), []).append(folded)
+        backend.detach()
+        assert all(torch.equal(p, kept[name]) for name, p in net.named_parameters())
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in results.values())
+
+
+def test_weights_that_moved_are_folded_where_they_are(device):
+    net, sites = made(device)
+    base = [p.clone() for p in net.parameters()]
+    backend = FusedFoldBackend()
+    adapters = [adapter(sites, "a", 1, 3)]
+    backend.attach(Job(sites=sites, adapters=adapters, roots=[net], device=torch.device(device)))
+    net.to_q.weight.data = net.to_q.weight.data.clone()
+    backend.apply([Mix(weights={"a": 1.0})])
+    assert not torch.equal(net.to_q.weight, base[0])
+    net.to_q.weight.data = net.to_q.weight.data.clone()
+    backend.detach()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), base, strict=True))
