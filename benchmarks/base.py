@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,15 +28,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import judge as judging
+from benchmarks import retrieval_data
 from benchmarks.judge.train import Renders, accuracy, look_at_half
 from benchmarks.results import RESULTS, Row, merge
 from benchmarks.timing import where
-from compose.assets import ADAPTERS, BASE
+from compose.assets import ADAPTERS, BASE, CLIP
 from compose.bases import BUNDLED, KINDS
 from compose.digest import write_atomic
 from compose.engine import composed
 from compose.formats import load
 from compose.policies import make
+from compose.retrieval.card import from_dict
+from compose.retrieval.clip import Clip
+from compose.retrieval.index import Index
+from compose.retrieval.library import Library
+from compose.retrieval.select import select
 from compose.training import vae
 from compose.training.data import captions
 from compose.training.data.concepts import BASE_STYLES, COLOR_NAMES, PATTERNS
@@ -96,7 +104,9 @@ class Answer:
 # Prompts
 
 
-def singles(row: str, count: int, seed: int, pictures: Pictures, adapter: str | None = None, style: str | None = None) -> list[Case]:
+def singles(
+    row: str, count: int, seed: int, pictures: Pictures, adapter: str | None = None, style: str | None = None
+) -> list[Case]:
     """One base concept in one base style on one colour; concepts go round, so that all are asked."""
     rng = random.Random(seed)
     sampler = Sampler(pictures, styles=BASE_STYLES, seed=seed)
@@ -108,8 +118,25 @@ def singles(row: str, count: int, seed: int, pictures: Pictures, adapter: str | 
         drawn = rng.choice([s for s in BASE_STYLES if (s, slug) in pictures.row])
         color, words = rng.choice(COLOR_NAMES), style or STYLE[drawn].phrases[0]
         name = captions.with_article(sampler.concepts[slug].label, rng)
-        prompt = rng.choice((f"{words} style {name} on a {color} background", f"{name} in {words} style, {color} background", f"a picture of {name} on {color}, {words} style"))
-        cases.append(Case(row=row, prompt=prompt, seed=seed * 10_000 + i, concepts=(slug,), style=None if style else drawn, top=color, bottom=color, adapter=adapter))
+        prompt = rng.choice(
+            (
+                f"{words} style {name} on a {color} background",
+                f"{name} in {words} style, {color} background",
+                f"a picture of {name} on {color}, {words} style",
+            )
+        )
+        cases.append(
+            Case(
+                row=row,
+                prompt=prompt,
+                seed=seed * 10_000 + i,
+                concepts=(slug,),
+                style=None if style else drawn,
+                top=color,
+                bottom=color,
+                adapter=adapter,
+            )
+        )
     return cases
 
 
@@ -121,8 +148,20 @@ def paraphrases(row: str, count: int, seed: int, pictures: Pictures) -> list[Cas
         concept = pictures.concepts[case.concepts[0]]
         name = rng.choice(concept.names[1:] or concept.names)
         said = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-        prompt = rng.choice(PARAPHRASES).format(a=said, bare=name, style=STYLE[case.style].phrases[0], color=case.top)
-        cases.append(Case(row=row, prompt=prompt, seed=case.seed, concepts=case.concepts, style=case.style, top=case.top, bottom=case.bottom))
+        prompt = rng.choice(PARAPHRASES).format(
+            a=said, bare=name, style=STYLE[case.style].phrases[0], color=case.top
+        )
+        cases.append(
+            Case(
+                row=row,
+                prompt=prompt,
+                seed=case.seed,
+                concepts=case.concepts,
+                style=case.style,
+                top=case.top,
+                bottom=case.bottom,
+            )
+        )
     return cases
 
 
@@ -130,12 +169,27 @@ def pairs(row: str, count: int, seed: int, pictures: Pictures) -> list[Case]:
     """Two objects, left and right."""
     rng = random.Random(seed)
     firsts, seconds = singles(row, count, seed, pictures), singles(row, count, seed + 1, pictures)
-    shapes = ("{a} left of {b}, {s} style, {c} background", "{s} style {a} and {b} on a {c} background", "{a} on the left and {b} on the right, {s} style, on {c}", "{a} next to {b} on a {c} background in {s} style")
+    shapes = (
+        "{a} left of {b}, {s} style, {c} background",
+        "{s} style {a} and {b} on a {c} background",
+        "{a} on the left and {b} on the right, {s} style, on {c}",
+        "{a} next to {b} on a {c} background in {s} style",
+    )
     cases = []
     for one, two in zip(firsts, seconds, strict=True):
         a, b = (captions.with_article(pictures.concepts[case.concepts[0]].label, rng) for case in (one, two))
         prompt = rng.choice(shapes).format(a=a, b=b, s=STYLE[one.style].phrases[0], c=one.top)
-        cases.append(Case(row=row, prompt=prompt, seed=one.seed, concepts=one.concepts + two.concepts, style=one.style, top=one.top, bottom=one.bottom))
+        cases.append(
+            Case(
+                row=row,
+                prompt=prompt,
+                seed=one.seed,
+                concepts=one.concepts + two.concepts,
+                style=one.style,
+                top=one.top,
+                bottom=one.bottom,
+            )
+        )
     return cases
 
 
@@ -151,12 +205,38 @@ def edits(row: str, count: int, seed: int, pictures: Pictures) -> list[Case]:
         others = [s for s in BASE_STYLES if s != case.style and (s, slug) in pictures.row]
         if i % 2 and others:
             style = rng.choice(others)
-            prompt = rng.choice(("change the style to {} style", "make it {} style", "redraw it in {} style")).format(STYLE[style].phrases[0])
-            cases.append(Case(row=row, prompt=prompt, seed=case.seed, concepts=(slug,), style=style, source=source, kind="style"))
+            prompt = rng.choice(
+                ("change the style to {} style", "make it {} style", "redraw it in {} style")
+            ).format(STYLE[style].phrases[0])
+            cases.append(
+                Case(
+                    row=row,
+                    prompt=prompt,
+                    seed=case.seed,
+                    concepts=(slug,),
+                    style=style,
+                    source=source,
+                    kind="style",
+                )
+            )
         else:
             color = rng.choice([c for c in COLOR_NAMES if c != case.top])
-            prompt = rng.choice(("change the background to {}", "make the background {}", "put it on a {} background")).format(color)
-            cases.append(Case(row=row, prompt=prompt, seed=case.seed, concepts=(slug,), style=case.style, top=color, bottom=color, source=source, kind="ground"))
+            prompt = rng.choice(
+                ("change the background to {}", "make the background {}", "put it on a {} background")
+            ).format(color)
+            cases.append(
+                Case(
+                    row=row,
+                    prompt=prompt,
+                    seed=case.seed,
+                    concepts=(slug,),
+                    style=case.style,
+                    top=color,
+                    bottom=color,
+                    source=source,
+                    kind="ground",
+                )
+            )
     return cases
 
 
@@ -166,8 +246,9 @@ def edits(row: str, count: int, seed: int, pictures: Pictures) -> list[Case]:
 class Studio:
     """The base, the judge and the pictures, each loaded when first needed."""
 
-    def __init__(self, archive: Path, base: Path, adapters: Path, device: torch.device, batch: int):
-        self.archive, self.base, self.folder, self.device, self.batch = archive, base, adapters, device, batch
+    def __init__(self, archive: Path, base: Path, clip: Path, adapters: Path, device: torch.device):
+        self.archive, self.base, self.clip, self.folder, self.device = archive, base, clip, adapters, device
+        self.batch = BATCH if device.type == "cuda" else 8
 
     @cached_property
     def pipe(self) -> FluxPipeline:
@@ -177,7 +258,7 @@ class Studio:
 
     @cached_property
     def kontext(self) -> FluxKontextPipeline:
-        pipe = FluxKontextPipeline(**{name: part for name, part in self.pipe.components.items()})
+        pipe = FluxKontextPipeline(**self.pipe.components)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -208,10 +289,19 @@ class Studio:
         drawn = []
         for start in tqdm(range(0, len(cases), self.batch), desc=cases[0].row, mininterval=5):
             part = cases[start : start + self.batch]
-            call: dict[str, Any] = {"prompt": [c.prompt for c in part], "height": KIND.side, "width": KIND.side, "output_type": "pt"}
+            call: dict[str, Any] = {
+                "prompt": [c.prompt for c in part],
+                "height": KIND.side,
+                "width": KIND.side,
+                "output_type": "pt",
+            }
             call["generator"] = [torch.Generator().manual_seed(c.seed) for c in part]
             if not plain:
-                call |= {"num_inference_steps": KIND.steps, "guidance_scale": KIND.guidance, "max_sequence_length": KIND.text}
+                call |= {
+                    "num_inference_steps": KIND.steps,
+                    "guidance_scale": KIND.guidance,
+                    "max_sequence_length": KIND.text,
+                }
             if part[0].source is not None:
                 shown = self.composer.draw([c.source for c in part], seed=1)
                 call |= {"image": shown / 2 + 0.5, "max_area": KIND.side**2, "_auto_resize": False}
@@ -222,8 +312,14 @@ class Studio:
     @contextmanager
     def adapted(self, name: str | None) -> Iterator[DiffusionPipeline]:
         """The pipeline with one starter adapter at weight 1, or as it is."""
-        adapter = next((group[name] for group in self.adapters.values() if name in group), None) if name else None
-        with composed(self.pipe, [adapter], make("merge", {adapter.name: 1.0}), "fold") if adapter else nullcontext():
+        adapter = (
+            next((group[name] for group in self.adapters.values() if name in group), None) if name else None
+        )
+        with (
+            composed(self.pipe, [adapter], make("merge", {adapter.name: 1.0}), "fold")
+            if adapter
+            else nullcontext()
+        ):
             yield self.pipe
 
     @torch.no_grad()
@@ -234,7 +330,9 @@ class Studio:
         answers = []
         for start in range(0, len(cases), 500):
             verdict = self.judge(drawn[start : start + 500])
-            halves = [self.judge(look_at_half(drawn[start : start + 500], side)).concept[:, rows] for side in (0, 1)]
+            halves = [
+                self.judge(look_at_half(drawn[start : start + 500], side)).concept[:, rows] for side in (0, 1)
+            ]
             for i, case in enumerate(cases[start : start + 500]):
                 scores = verdict.concept[i, rows]
                 answers.append(Answer(
@@ -274,8 +372,28 @@ class Report:
         n, p = len(hits), sum(hits) / len(hits)
         self.row(id_, 100 * p, "%", target, direction, n, spread=196 * (p * (1 - p) / n) ** 0.5)
 
-    def row(self, id_: str, value: float, unit: str, target: float | None, direction: str, n: int, spread: float | None = None) -> None:
-        self.rows.append(Row(id=id_, value=value, spread=spread, unit=unit, target=target, direction=direction, n=n, where=self.place))
+    def row(
+        self,
+        id_: str,
+        value: float,
+        unit: str,
+        target: float | None,
+        direction: str,
+        n: int,
+        spread: float | None = None,
+    ) -> None:
+        self.rows.append(
+            Row(
+                id=id_,
+                value=value,
+                spread=spread,
+                unit=unit,
+                target=target,
+                direction=direction,
+                n=n,
+                where=self.place,
+            )
+        )
         print(f"{id_}: {value:.4g} {unit} (target {target})", flush=True)
 
 
@@ -290,7 +408,15 @@ def measure_judge(studio: Studio, report: Report, count: int) -> None:
 
 def measure_vae(studio: Studio, report: Report, count: int) -> None:
     sampler = Sampler(studio.pictures, styles=BASE_STYLES, seed=777)
-    scores = torch.cat([vae.psnr(studio.pipe.vae, studio.composer.draw([sampler.text_to_image().scene for _ in range(min(50, count))], seed=i)) for i in range(-(-count // 50))])
+    scores = torch.cat(
+        [
+            vae.psnr(
+                studio.pipe.vae,
+                studio.composer.draw([sampler.text_to_image().scene for _ in range(min(50, count))], seed=i),
+            )
+            for i in range(-(-count // 50))
+        ]
+    )
     report.row("vae_psnr", float(scores.mean()), "dB", 30, "max", len(scores), float(scores.std()))
 
 
@@ -330,7 +456,14 @@ def measure_styles(studio: Studio, report: Report, count: int) -> None:
     names = sorted(studio.adapters["style"])
     among, styled, alone = base_concepts(studio.pictures), [], []
     for i, name in enumerate(names):
-        cases = singles(f"style:{name}", -(-count // len(names)), 109 + i, studio.pictures, adapter=name, style=STYLE[name].phrases[0])
+        cases = singles(
+            f"style:{name}",
+            -(-count // len(names)),
+            109 + i,
+            studio.pictures,
+            adapter=name,
+            style=STYLE[name].phrases[0],
+        )
         cases = [_with_style(case, name) for case in cases]
         styled += studio.judged(cases, studio.draw(cases), among)
         plain = singles("style:none", len(cases), 109 + i, studio.pictures)
@@ -352,21 +485,61 @@ def measure_concepts(studio: Studio, report: Report, count: int) -> None:
         cases = singles(f"concept:{name}", -(-count // len(names)), 131 + i, studio.pictures, adapter=name)
         rng = random.Random(131 + i)
         trigger = studio.adapters["concept"][name].metadata["compose.trigger"]
-        cases = [Case(row=c.row, prompt=f"{rng.choice(('a ', 'the ', ''))}{trigger} in {STYLE[c.style].phrases[0]} style on a {c.top} background", seed=c.seed, concepts=(name,), style=c.style, top=c.top, bottom=c.bottom, adapter=name) for c in cases]
+        cases = [
+            Case(
+                row=c.row,
+                prompt=f"{rng.choice(('a ', 'the ', ''))}{trigger} in {STYLE[c.style].phrases[0]} style on a {c.top} background",
+                seed=c.seed,
+                concepts=(name,),
+                style=c.style,
+                top=c.top,
+                bottom=c.bottom,
+                adapter=name,
+            )
+            for c in cases
+        ]
         with_it += studio.judged(cases, studio.draw(cases), among)
         bare = [Case(**{**asdict(case), "adapter": None, "row": "concept:none"}) for case in cases]
         without += studio.judged(bare, studio.draw(bare), among)
     report.answers += with_it
     report.share("lora_concept", [a.rank == 0 for a in with_it], 60)
-    report.row("lora_concept_base_alone", 100 * sum(a.rank == 0 for a in without) / len(without), "%", None, "min", len(without))
+    report.row(
+        "lora_concept_base_alone",
+        100 * sum(a.rank == 0 for a in without) / len(without),
+        "%",
+        None,
+        "min",
+        len(without),
+    )
 
 
 def measure_backgrounds(studio: Studio, report: Report, count: int) -> None:
     """Background adapters on: the judge sees that pattern at top and bottom."""
     hits = []
-    for i, pattern in enumerate(p for p in PATTERNS if p.replace(" ", "-") in studio.adapters.get("background", {})):
-        cases = singles(f"background:{pattern}", -(-count // len(PATTERNS)), 151 + i, studio.pictures, adapter=pattern.replace(" ", "-"))
-        cases = [Case(**{**asdict(c), "source": None, "prompt": c.prompt.replace(f"on {c.top}", f"on a {pattern} background").replace(f"{c.top} background", f"{pattern} background"), "top": pattern, "bottom": pattern}) for c in cases]
+    for i, pattern in enumerate(
+        p for p in PATTERNS if p.replace(" ", "-") in studio.adapters.get("background", {})
+    ):
+        cases = singles(
+            f"background:{pattern}",
+            -(-count // len(PATTERNS)),
+            151 + i,
+            studio.pictures,
+            adapter=pattern.replace(" ", "-"),
+        )
+        cases = [
+            Case(
+                **{
+                    **asdict(c),
+                    "source": None,
+                    "prompt": c.prompt.replace(f"on {c.top}", f"on a {pattern} background").replace(
+                        f"{c.top} background", f"{pattern} background"
+                    ),
+                    "top": pattern,
+                    "bottom": pattern,
+                }
+            )
+            for c in cases
+        ]
         answers = studio.judged(cases, studio.draw(cases), base_concepts(studio.pictures))
         report.answers += answers
         hits += [bool(a.ground) for a in answers]
@@ -378,8 +551,29 @@ def measure_edits(studio: Studio, report: Report, count: int) -> None:
     cases = edits("edit", count, 113, studio.pictures)
     answers = studio.judged(cases, studio.draw(cases), base_concepts(studio.pictures))
     report.answers += answers
-    done = [(a.style if case.kind == "style" else a.ground) and a.rank < 5 for case, a in zip(cases, answers, strict=True)]
+    done = [
+        (a.style if case.kind == "style" else a.ground) and a.rank < 5
+        for case, a in zip(cases, answers, strict=True)
+    ]
     report.share("edit_followed", [bool(d) for d in done], 60)
+
+
+def measure_retrieval(studio: Studio, report: Report, count: int) -> None:
+    """The right card first among hand-made near misses, and none where none is needed (retrieval_data.py)."""
+    clip = Clip.load(studio.clip, studio.base)
+    with tempfile.TemporaryDirectory() as folder:
+        library = Library.open(Path(folder), starter=studio.folder)
+        library.add_cards([from_dict(card) for card in retrieval_data.cards()])
+        index, asked = Index(None, clip), retrieval_data.prompts()
+
+        def first(prompt: str) -> str | None:
+            found = select(prompt, library, BUNDLED, 1, index=index, weightless=True)
+            return found[0].card.name if found else None
+
+        right = [first(item["prompt"]) == item["card"] for item in asked["wanted"]]
+        none = [first(prompt) is None for prompt in asked["none"]]
+    report.share("retrieve_r1", right, 70)
+    report.share("retrieve_none", none, 90)
 
 
 def measure_help(studio: Studio, report: Report, count: int) -> None:
@@ -389,7 +583,17 @@ def measure_help(studio: Studio, report: Report, count: int) -> None:
         began = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
         times.append(time.perf_counter() - began)
-    report.rows.append(Row(id="help_s", value=median(times), spread=max(times) - min(times), unit="s", target=0.7, direction="min", n=len(times)))
+    report.rows.append(
+        Row(
+            id="help_s",
+            value=median(times),
+            spread=max(times) - min(times),
+            unit="s",
+            target=0.7,
+            direction="min",
+            n=len(times),
+        )
+    )
 
 
 def measure_times(studio: Studio, report: Report, count: int) -> None:
@@ -401,17 +605,42 @@ def measure_times(studio: Studio, report: Report, count: int) -> None:
         cold.append(one)
         warm.append((five - one) / 4)
         peak.append(max(first, second))
-    for id_, values, unit, target in (("cold_s", cold, "s", 20), ("warm_s", warm, "s", 4), ("peak_gib", peak, "GiB", 3)):
-        report.rows.append(Row(id=id_, value=median(values), spread=max(values) - min(values), unit=unit, target=target, direction="min", n=len(values)))
+    for id_, values, unit, target in (
+        ("cold_s", cold, "s", 20),
+        ("warm_s", warm, "s", 4),
+        ("peak_gib", peak, "GiB", 3),
+    ):
+        report.rows.append(
+            Row(
+                id=id_,
+                value=median(values),
+                spread=max(values) - min(values),
+                unit=unit,
+                target=target,
+                direction="min",
+                n=len(values),
+            )
+        )
 
 
 def _generate(count: int, seed: int) -> tuple[float, float]:
     """(seconds, peak GiB) of one command that draws `count` pictures with retrieval."""
-    import resource
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "compose.app.cli", "generate", "--prompt", "a fox in high contrast style", "--auto-retrieve", "--seed", str(seed), "--count", str(count), "--out", f"{folder}/x.png"]
+        command = [
+            sys.executable,
+            "-m",
+            "compose.app.cli",
+            "generate",
+            "--prompt",
+            "a fox in high contrast style",
+            "--auto-retrieve",
+            "--seed",
+            str(seed),
+            "--count",
+            str(count),
+            "--out",
+            f"{folder}/x.png",
+        ]
         began = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
         seconds = time.perf_counter() - began
@@ -429,6 +658,7 @@ MEASURES: dict[str, tuple[Callable[[Studio, Report, int], None], tuple[str, ...]
     "concepts": (measure_concepts, ("lora_concept", "lora_concept_base_alone")),
     "backgrounds": (measure_backgrounds, ("lora_background",)),
     "edits": (measure_edits, ("edit_followed",)),
+    "retrieval": (measure_retrieval, ("retrieve_r1", "retrieve_none")),
     "help": (measure_help, ("help_s",)),
     "times": (measure_times, ("cold_s", "warm_s", "peak_gib")),
 }
@@ -437,21 +667,30 @@ MEASURES: dict[str, tuple[Callable[[Studio, Report, int], None], tuple[str, ...]
 def keep(answers: Sequence[Answer], path: Path = VERDICTS) -> None:
     """Replace the verdicts of the rows just drawn, keep the others."""
     fresh = {a.row for a in answers}
-    old = [line for line in path.read_text().splitlines() if json.loads(line)["row"] not in fresh] if path.exists() else []
+    old = (
+        [line for line in path.read_text().splitlines() if json.loads(line)["row"] not in fresh]
+        if path.exists()
+        else []
+    )
     write_atomic(path, ("\n".join([*old, *(json.dumps(asdict(a)) for a in answers)]) + "\n").encode())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", help="ids, comma-separated")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} pictures a row, nothing recorded")
-    parser.add_argument("--archive", type=Path, default=Path(".cache/pictures.zip"), help="from `compose data build`")
+    parser.add_argument(
+        "--archive", type=Path, default=Path(".cache/pictures.zip"), help="from `compose data build`"
+    )
     parser.add_argument("--base", type=Path, default=BASE)
+    parser.add_argument("--clip", type=Path, default=CLIP)
     parser.add_argument("--adapters", type=Path, default=ADAPTERS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    studio = Studio(args.archive, args.base, args.adapters, device, BATCH if device.type == "cuda" else 8)
+    studio = Studio(args.archive, args.base, args.clip, args.adapters, device)
     report = Report(where(device))
     wanted = set(args.rows.split(",")) if args.rows else None
     for measure, ids in MEASURES.values():

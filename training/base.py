@@ -57,7 +57,9 @@ TRANSFORMER = {
     "in_channels": 64, "num_layers": 2, "num_single_layers": 8, "attention_head_dim": 64, "num_attention_heads": 4,
     "joint_attention_dim": 256, "pooled_projection_dim": 256, "guidance_embeds": True, "axes_dims_rope": (16, 24, 24),
 }  # fmt: skip
-LONG = 512  # FluxPipeline's own text length: a few distillation batches use it, so that a plain call draws well
+LONG = (
+    512  # FluxPipeline's own text length: a few distillation batches use it, so that a plain call draws well
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,9 @@ def text_encoder(state: dict[str, Tensor], tokens: CLIPTokenizer) -> CLIPTextMod
     model = CLIPTextModel(config)
     prefix = "text_model." if any(key.startswith("text_model.") for key in model.state_dict()) else ""
     weights = {f"{prefix}{key}": value.float() for key, value in from_open_clip(state).items()}
-    missing = [key for key in model.load_state_dict(weights, strict=False).missing_keys if "position_ids" not in key]
+    missing = [
+        key for key in model.load_state_dict(weights, strict=False).missing_keys if "position_ids" not in key
+    ]
     if missing:
         raise ValueError(f"the CLIP text tower lacks {missing}")
     return model.eval().requires_grad_(False)
@@ -109,7 +113,10 @@ def transformer() -> FluxTransformer2DModel:
     """The denoiser; modulation and output start at zero, so that blocks start as identities."""
     model = FluxTransformer2DModel(**TRANSFORMER)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")) or name == "proj_out"):
+        if isinstance(module, nn.Linear) and (
+            name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear"))
+            or name == "proj_out"
+        ):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return model
@@ -123,7 +130,9 @@ def pack(latents: Tensor) -> Tensor:
 
 def picture_ids(reference: bool, device: torch.device) -> Tensor:
     """Position ids of the image tokens (64 or 128, 3); a reference picture has 1 in its first column."""
-    grid = torch.stack(torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij"), -1).reshape(-1, 2)
+    grid = torch.stack(torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij"), -1).reshape(
+        -1, 2
+    )
     ids = torch.cat([torch.zeros(len(grid), 1), grid], 1)
     if reference:
         ids = torch.cat([ids, torch.cat([torch.ones(len(grid), 1), grid], 1)])
@@ -137,7 +146,16 @@ class Denoise(nn.Module):
         super().__init__()
         self.denoiser, self.words = denoiser, words
 
-    def forward(self, tokens: Tensor, pooled: Tensor, noisy: Tensor, time_: Tensor, guidance: Tensor, reference: Tensor | None, ids: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        pooled: Tensor,
+        noisy: Tensor,
+        time_: Tensor,
+        guidance: Tensor,
+        reference: Tensor | None,
+        ids: Tensor,
+    ) -> Tensor:
         said = self.words(input_ids=tokens).last_hidden_state
         shown = noisy if reference is None else torch.cat([noisy, reference], 1)
         text_ids = torch.zeros(tokens.shape[1], 3, device=ids.device)
@@ -158,7 +176,9 @@ class Cache:
     pooled: Tensor  # (n, 256) fp16
 
 
-def specs(pictures: Pictures, seed: int, count: int, edit: bool, chunk: int = 4000) -> Iterator[list[Captioned]]:
+def specs(
+    pictures: Pictures, seed: int, count: int, edit: bool, chunk: int = 4000
+) -> Iterator[list[Captioned]]:
     """Captioned scenes in chunks: 13 us a scene, 22 us an edit (one core)."""
     sampler = Sampler(pictures, styles=BASE_STYLES, seed=seed)
     for start in range(0, count, chunk):
@@ -174,7 +194,11 @@ class Frozen:
         self.clip_tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.t5_tokens = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
-        self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=self.dtype).to(device, memory_format=torch.channels_last).eval()
+        self.vae = (
+            AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=self.dtype)
+            .to(device, memory_format=torch.channels_last)
+            .eval()
+        )
         self.text = text_encoder(load_file(folder / "clip.safetensors"), self.clip_tokens).to(device)
 
     @torch.no_grad()
@@ -189,7 +213,9 @@ class Frozen:
         ids = clip.text_batch(self.clip_tokens, list(captions), self.device)
         with loop.half(self.device):
             pooled = self.text(ids).pooler_output
-        return ids[:, 1 : 1 + T5_LENGTH].to(torch.int16), pooled.half()  # T5's tokens are CLIP's without the first
+        return ids[:, 1 : 1 + T5_LENGTH].to(
+            torch.int16
+        ), pooled.half()  # T5's tokens are CLIP's without the first
 
     def fill(self, composer: Composer, chunks: Iterator[list[Captioned]], batch: int = 1000) -> Cache:
         """Draw and encode every scene once."""
@@ -203,7 +229,12 @@ class Frozen:
             ids, vectors = self.words([c.caption for c in chunk])
             tokens.append(ids)
             pooled.append(vectors)
-        return Cache(latents=torch.cat(latents), reference=torch.cat(reference) if reference else None, tokens=torch.cat(tokens), pooled=torch.cat(pooled))
+        return Cache(
+            latents=torch.cat(latents),
+            reference=torch.cat(reference) if reference else None,
+            tokens=torch.cat(tokens),
+            pooled=torch.cat(pooled),
+        )
 
     def _drawn(self, composer: Composer, scenes: list[Scene], seed: int) -> Tensor:
         """The same seed for an edit's two pictures, so that unchanged backgrounds keep their exact colour."""
@@ -227,13 +258,22 @@ class Batches:
         """(tokens, pooled, latents, reference): a tenth has no caption; another tenth lacks T5's words
         or has some of them replaced, so that pooled CLIP words carry meaning too."""
         cache, s = (self.edits, self.settings) if edit else (self.plain, self.settings)
-        rows = torch.randint(len(cache.latents), (s.edit_batch if edit else s.batch,), device=self.device, generator=self.generator)
+        rows = torch.randint(
+            len(cache.latents),
+            (s.edit_batch if edit else s.batch,),
+            device=self.device,
+            generator=self.generator,
+        )
         tokens, pooled = cache.tokens[rows].long(), cache.pooled[rows].float()
         roll = self.rand(len(rows), 1)
         dropped = roll < s.drop
         if damage:
-            wrong = torch.randint(self.vocabulary - 3, tokens.shape, device=self.device, generator=self.generator)
-            noisy = (roll > 1 - s.drop / 2) & (self.rand(*tokens.shape) < 0.4) & (tokens < self.vocabulary - 3)
+            wrong = torch.randint(
+                self.vocabulary - 3, tokens.shape, device=self.device, generator=self.generator
+            )
+            noisy = (
+                (roll > 1 - s.drop / 2) & (self.rand(*tokens.shape) < 0.4) & (tokens < self.vocabulary - 3)
+            )
             tokens = torch.where(noisy, wrong, tokens)
             tokens = torch.where((roll > s.drop) & (roll < 1.5 * s.drop), self.empty_ids.long(), tokens)
         tokens = torch.where(dropped, self.empty_ids.long(), tokens)
@@ -280,15 +320,29 @@ def prepare(settings: BaseSettings, archive: Path, out: Path) -> Bench:
     composer = Composer(pictures, world.device)
     plain = frozen.fill(composer, specs(pictures, seed, settings.cache, False))
     edits = frozen.fill(composer, specs(pictures, seed + 500, settings.edits, True))
-    world.say(f"cache {len(plain.latents)} + {len(edits.latents)} scenes in {time.monotonic() - began:.0f} s, latent std {plain.latents[:2000].float().std():.3f}")
+    world.say(
+        f"cache {len(plain.latents)} + {len(edits.latents)} scenes in {time.monotonic() - began:.0f} s, latent std {plain.latents[:2000].float().std():.3f}"
+    )
     model = Denoise(transformer(), t5(frozen.t5_tokens)).to(world.device)
     loop.share_weights([model], world)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=world.device.type == "cuda")
-    schedule = loop.Schedule(peak=settings.rate, steps=settings.steps, seconds=settings.seconds, warmup=500, pause=settings.pause)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=world.device.type == "cuda"
+    )
+    schedule = loop.Schedule(
+        peak=settings.rate, steps=settings.steps, seconds=settings.seconds, warmup=500, pause=settings.pause
+    )
     average = loop.Average({"denoiser": model.denoiser, "words": model.words}, settings.average)
     batches = Batches(frozen, plain, edits, settings, seed)
-    return Bench(world=world, batches=batches, model=model, optimizer=optimizer, schedule=schedule, average=average, settings=settings)
+    return Bench(
+        world=world,
+        batches=batches,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        average=average,
+        settings=settings,
+    )
 
 
 def run_steps(bench: Bench, loss_of: Callable[[bool], Tensor], name: str, keep: Path | None = None) -> None:
@@ -313,9 +367,13 @@ def run_steps(bench: Bench, loss_of: Callable[[bool], Tensor], name: str, keep: 
         shown[edit] = loss.detach()
         samples += (bench.settings.edit_batch if edit else bench.settings.batch) * world.size
         if schedule.step % bench.settings.every == 0 or schedule.step in (3, 30):
-            losses = " ".join(f"{'edit' if key else 'plain'} {value.item():.4f}" for key, value in sorted(shown.items()))
+            losses = " ".join(
+                f"{'edit' if key else 'plain'} {value.item():.4f}" for key, value in sorted(shown.items())
+            )
             seconds = time.monotonic() - began
-            world.say(f"{name} {schedule.step} progress {schedule.known[0]:.3f} {losses} {seconds:.0f} s {samples / seconds:.0f}/s")
+            world.say(
+                f"{name} {schedule.step} progress {schedule.known[0]:.3f} {losses} {seconds:.0f} s {samples / seconds:.0f}/s"
+            )
         if keep and world.first and time.monotonic() - kept > bench.settings.keep_every:
             bench.save(keep)
             kept = time.monotonic()
@@ -362,8 +420,16 @@ def distill(bench: Bench, out: Path) -> None:
     teacher.load_state_dict(bench.model.state_dict())
     teacher.eval().requires_grad_(False)
     bench.average = loop.Average(bench.modules, 0.998)
-    bench.optimizer = torch.optim.AdamW(bench.model.parameters(), lr=settings.distill_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
-    bench.schedule = loop.Schedule(peak=settings.distill_rate, steps=settings.steps, seconds=settings.distill_seconds, warmup=50)
+    bench.optimizer = torch.optim.AdamW(
+        bench.model.parameters(),
+        lr=settings.distill_rate,
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+        fused=device.type == "cuda",
+    )
+    bench.schedule = loop.Schedule(
+        peak=settings.distill_rate, steps=settings.steps, seconds=settings.distill_seconds, warmup=50
+    )
     ids = {edit: picture_ids(edit, device) for edit in (False, True)}
     pads = torch.full((1, LONG - T5_LENGTH), batches.empty_ids[0, -1].item(), device=device, dtype=torch.long)
 
@@ -383,14 +449,19 @@ def distill(bench: Bench, out: Path) -> None:
             tokens = torch.cat([tokens, pads.expand(len(tokens), -1)], 1)
         shown = None if reference is None else reference[rows]
         with loop.half(device):
-            got = bench.model(tokens[rows], pooled[rows], noisy[rows], time_[rows], scale[rows], shown, ids[edit])
+            got = bench.model(
+                tokens[rows], pooled[rows], noisy[rows], time_[rows], scale[rows], shown, ids[edit]
+            )
         return F.mse_loss(got.float(), target[rows])
 
     run_steps(bench, loss_of, "distill")
     if bench.world.first:
         bench.average.swap()
         state = {f"{n}.{k}": v for n, m in bench.modules.items() for k, v in m.state_dict().items()}
-        save_file({k: v.detach().half().cpu().contiguous().clone() for k, v in state.items()}, out / "distilled.safetensors")
+        save_file(
+            {k: v.detach().half().cpu().contiguous().clone() for k, v in state.items()},
+            out / "distilled.safetensors",
+        )
 
 
 def write_base(source: Path, folder: Path) -> None:
@@ -398,9 +469,15 @@ def write_base(source: Path, folder: Path) -> None:
     state, seen = load_file(source / "distilled.safetensors"), load_file(source / "clip.safetensors")
     tokens = CLIPTokenizer.from_pretrained(source / "tokenizer")
     words = PreTrainedTokenizerFast.from_pretrained(source / "tokenizer_2")
-    parts: dict[str, nn.Module] = {"transformer": transformer(), "text_encoder_2": t5(words), "text_encoder": text_encoder(seen, tokens)}
+    parts: dict[str, nn.Module] = {
+        "transformer": transformer(),
+        "text_encoder_2": t5(words),
+        "text_encoder": text_encoder(seen, tokens),
+    }
     for name, key in (("transformer", "denoiser."), ("text_encoder_2", "words.")):
-        parts[name].load_state_dict({k.removeprefix(key): v.float() for k, v in state.items() if k.startswith(key)}, strict=True)
+        parts[name].load_state_dict(
+            {k.removeprefix(key): v.float() for k, v in state.items() if k.startswith(key)}, strict=True
+        )
     base = folder / "compose-mini"
     for name, module in parts.items():
         module.half().save_pretrained(base / name)
@@ -418,9 +495,15 @@ def write_base(source: Path, folder: Path) -> None:
     (base / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     seat = folder / "clip"
     seat.mkdir(parents=True, exist_ok=True)
-    kept = {k: v.contiguous() for k, v in seen.items() if k.startswith("visual.") or k in ("text_projection", "logit_scale", "sentence.weight")}
+    kept = {
+        k: v.contiguous()
+        for k, v in seen.items()
+        if k.startswith("visual.") or k in ("text_projection", "logit_scale", "sentence.weight")
+    }
     save_file(kept, seat / "image.safetensors")
-    (seat / "open_clip_config.json").write_text(json.dumps({"model_cfg": clip.config(tokens)}, indent=2) + "\n")
+    (seat / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": clip.config(tokens)}, indent=2) + "\n"
+    )
 
 
 def _set(path: Path, **values: object) -> None:
@@ -429,9 +512,13 @@ def _set(path: Path, **values: object) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", choices=STAGES, required=True)
-    parser.add_argument("--archive", type=Path, default=Path(".cache/pictures.zip"), help="from `compose data build`")
+    parser.add_argument(
+        "--archive", type=Path, default=Path(".cache/pictures.zip"), help="from `compose data build`"
+    )
     parser.add_argument("--phrases", type=Path, default=Path(".cache/phrases.safetensors"))
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and results; stages resume from it")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints and results; stages resume from it"
+    )
     for name, kind, text in OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
 

@@ -60,7 +60,9 @@ def create(folder: Path, tokenizer: CLIPTokenizer) -> open_clip.CLIP:
 
 def text_batch(tokenizer: CLIPTokenizer, texts: list[str], device: torch.device) -> Tensor:
     """Token ids (n, CLIP_LENGTH)."""
-    return tokenizer(texts, padding="max_length", truncation=True, max_length=CLIP_LENGTH, return_tensors="pt").input_ids.to(device)
+    return tokenizer(
+        texts, padding="max_length", truncation=True, max_length=CLIP_LENGTH, return_tensors="pt"
+    ).input_ids.to(device)
 
 
 def describe(shown: Captioned, sampler: Sampler) -> str:
@@ -69,7 +71,10 @@ def describe(shown: Captioned, sampler: Sampler) -> str:
     roll = rng.random()
     if roll < 0.72:
         return shown.caption
-    names = [captions.name_of(sampler.concepts[s], rng, plain=0.4) for s in dict.fromkeys(item.concept for item in scene.items)]
+    names = [
+        captions.name_of(sampler.concepts[s], rng, plain=0.4)
+        for s in dict.fromkeys(item.concept for item in scene.items)
+    ]
     things = " and ".join(captions.with_article(name, rng) for name in names)
     if roll < 0.86:
         return things
@@ -87,8 +92,16 @@ class Sentences:
         file = load_file(path)
         phrases = bytes(file["text"].numpy()).decode().split("\n")
         order = file["group"].argsort(stable=True)
-        tokens = torch.cat([text_batch(tokenizer, phrases[i : i + 4096], torch.device("cpu")) for i in range(0, len(phrases), 4096)])
-        self.tokens, self.vectors = tokens[order].to(device), F.normalize(file["vectors"][order].float(), dim=-1).to(device)
+        tokens = torch.cat(
+            [
+                text_batch(tokenizer, phrases[i : i + 4096], torch.device("cpu"))
+                for i in range(0, len(phrases), 4096)
+            ]
+        )
+        self.tokens, self.vectors = (
+            tokens[order].to(device),
+            F.normalize(file["vectors"][order].float(), dim=-1).to(device),
+        )
         self.sizes = file["group"].long().bincount()
         self.sizes = self.sizes[self.sizes > 0].to(device)
         self.starts = self.sizes.cumsum(0) - self.sizes
@@ -114,7 +127,9 @@ def sentence_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05) -
     """Cosine distance to the teacher plus agreement of the in-batch similarities."""
     student = F.normalize(student.float(), dim=-1)
     ours, theirs = student @ student.T / temperature, teacher @ teacher.T / temperature
-    return (1 - (student * teacher).sum(-1)).mean() * 2 + F.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="batchmean")
+    return (1 - (student * teacher).sum(-1)).mean() * 2 + F.kl_div(
+        ours.log_softmax(-1), theirs.softmax(-1), reduction="batchmean"
+    )
 
 
 def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder: Path, out: Path) -> None:
@@ -129,7 +144,9 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
         _start_from(load_file(earlier), model, sentence)
     loop.share_weights(modules.values(), world)
     parameters = [*model.parameters(), *sentence.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.05, fused=world.device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.05, fused=world.device.type == "cuda"
+    )
     if (checkpoint := out / "clip.checkpoint").exists():
         raise ValueError(f"{checkpoint} is there; CLIP is trained in one run")
     seed = settings.seed + 1000 * world.rank
@@ -152,7 +169,9 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
             seen = F.normalize(model.encode_image(images), dim=-1)
             said = model.encode_text(torch.cat([tokens[rows], phrase]))
             ours, theirs = said[: len(rows)], said[len(rows) :]
-            loss_pairs = contrast(seen.float(), F.normalize(ours.float(), dim=-1), model.logit_scale.exp().float())
+            loss_pairs = contrast(
+                seen.float(), F.normalize(ours.float(), dim=-1), model.logit_scale.exp().float()
+            )
             meant = sentence(theirs)
             loss_words, loss_same = sentence_loss(meant, vectors), meaning_loss(meant)
         (loss_pairs + loss_words + loss_same).backward()
@@ -164,11 +183,21 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
             model.logit_scale.clamp_(0, 4.6)
         schedule.step += 1
         if schedule.step % settings.every == 0 or schedule.step == 20:
-            right = (seen.float() @ F.normalize(ours.float(), dim=-1).T).argmax(1).eq(torch.arange(len(seen), device=world.device)).float().mean()
-            world.say(f"clip {schedule.step} progress {schedule.known[0]:.3f} pairs {loss_pairs.item():.3f} words {loss_words.item():.3f} same {loss_same.item():.3f} in-batch r@1 {right.item():.3f} scale {model.logit_scale.exp().item():.1f} {schedule.step * settings.batch * world.size / (time.monotonic() - began):.0f}/s")
+            right = (
+                (seen.float() @ F.normalize(ours.float(), dim=-1).T)
+                .argmax(1)
+                .eq(torch.arange(len(seen), device=world.device))
+                .float()
+                .mean()
+            )
+            world.say(
+                f"clip {schedule.step} progress {schedule.known[0]:.3f} pairs {loss_pairs.item():.3f} words {loss_words.item():.3f} same {loss_same.item():.3f} in-batch r@1 {right.item():.3f} scale {model.logit_scale.exp().item():.1f} {schedule.step * settings.batch * world.size / (time.monotonic() - began):.0f}/s"
+            )
     if world.first:
         state = {**model.state_dict(), "sentence.weight": sentence.weight}
-        save_file({k: v.detach().half().cpu().contiguous() for k, v in state.items()}, out / "clip.safetensors")
+        save_file(
+            {k: v.detach().half().cpu().contiguous() for k, v in state.items()}, out / "clip.safetensors"
+        )
     loop.leave()
 
 
@@ -177,7 +206,9 @@ def _start_from(state: dict[str, Tensor], model: open_clip.CLIP, sentence: nn.Li
     model.load_state_dict({key: value.float() for key, value in state.items()})
 
 
-def deck(sampler: Sampler, composer: Composer, tokenizer: CLIPTokenizer, count: int, chunk: int = 4000) -> tuple[Laid, Tensor]:
+def deck(
+    sampler: Sampler, composer: Composer, tokenizer: CLIPTokenizer, count: int, chunk: int = 4000
+) -> tuple[Laid, Tensor]:
     """`count` captioned scenes, laid out and tokenised once: (scenes, token ids (n, CLIP_LENGTH))."""
     laid, tokens = [], []
     for start in range(0, count, chunk):

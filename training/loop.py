@@ -37,7 +37,10 @@ class World:
 
 def join() -> World:
     """The process group that torchrun describes, or this process alone."""
-    size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    size, rank, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -93,7 +96,11 @@ class Schedule:
 
     def rate(self) -> float:
         progress = self.known[0]
-        return self.peak * min(1.0, (self.step + 1) / self.warmup) * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2)
+        return (
+            self.peak
+            * min(1.0, (self.step + 1) / self.warmup)
+            * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2)
+        )
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
@@ -134,25 +141,51 @@ class Average:
             parameter.data, self.kept[key] = self.kept[key], parameter.data
 
 
-def save_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, schedule: Schedule, average: Average | None = None) -> None:
+def save_checkpoint(
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    average: Average | None = None,
+) -> None:
     """One safetensors file: weights, optimiser state, moving average, and where the schedule stood."""
-    tensors: dict[str, Tensor] = {f"model.{n}.{k}": v for n, m in modules.items() for k, v in m.state_dict().items()}
+    tensors: dict[str, Tensor] = {
+        f"model.{n}.{k}": v for n, m in modules.items() for k, v in m.state_dict().items()
+    }
     tensors |= {f"average.{k}": v for k, v in (average.kept if average else {}).items()}
     for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v if isinstance(v, Tensor) else torch.tensor(v) for k, v in state.items()}
+        tensors |= {
+            f"optimizer.{i}.{k}": v if isinstance(v, Tensor) else torch.tensor(v) for k, v in state.items()
+        }
     meta = {"step": schedule.step, "spent": schedule.spent + time.monotonic() - schedule.began}
     partial = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial, metadata={"schedule": json.dumps(meta)})
+    save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+        partial,
+        metadata={"schedule": json.dumps(meta)},
+    )
     partial.replace(path)
 
 
-def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, schedule: Schedule, average: Average | None = None) -> None:
+def load_checkpoint(
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    average: Average | None = None,
+) -> None:
     """Go on from `save_checkpoint`'s file."""
     with safe_open(path, "pt") as file:
         meta = json.loads(file.metadata()["schedule"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for name, module in modules.items():
-        module.load_state_dict({k.removeprefix(f"model.{name}."): v for k, v in tensors.items() if k.startswith(f"model.{name}.")})
+        module.load_state_dict(
+            {
+                k.removeprefix(f"model.{name}."): v
+                for k, v in tensors.items()
+                if k.startswith(f"model.{name}.")
+            }
+        )
     packed = optimizer.state_dict()
     for key, value in tensors.items():
         if key.startswith("optimizer."):

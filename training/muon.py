@@ -44,7 +44,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.01,
     ):
         groups = [{"params": list(matrices), "muon": True}, {"params": list(others), "muon": False}]
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay})
+        super().__init__(
+            groups, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

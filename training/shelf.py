@@ -33,7 +33,9 @@ def known() -> list[Card]:
     cards = [Card(name=c.label, tags=c.names[1:]) for c in load_concepts().values() if c.part == "base"]
     for name in BASE_STYLES:
         first, *others = STYLE[name].phrases
-        cards.append(Card(name=f"{first} style", tags=(first, *others, *(f"{other} style" for other in others))))
+        cards.append(
+            Card(name=f"{first} style", tags=(first, *others, *(f"{other} style" for other in others)))
+        )
     return cards + [Card(name=f"{color} background", tags=(color,)) for color in COLOR_NAMES]
 
 
@@ -45,7 +47,14 @@ def prompts(concepts: Sequence[Concept], count: int, seed: int) -> list[tuple[st
         concept = rng.choice(concepts)
         ground = captions.Ground(top=(color := rng.choice(COLOR_NAMES)), bottom=color)
         thing = captions.with_article(captions.name_of(concept, rng, plain=0.3), rng)
-        found.append((captions.assemble(thing, rng.choice(BASE_STYLES), ground if rng.random() < 0.7 else None, rng), concept))
+        found.append(
+            (
+                captions.assemble(
+                    thing, rng.choice(BASE_STYLES), ground if rng.random() < 0.7 else None, rng
+                ),
+                concept,
+            )
+        )
     return found
 
 
@@ -55,19 +64,28 @@ def threshold(clip: Clip, seed: int = 5) -> float:
     zoo, base = ([c for c in concepts if c.part == part] for part in ("zoo", "base"))
     with tempfile.TemporaryDirectory() as folder:
         library = Library.open(Path(folder))
-        library.add_cards([Card(name=c.label, family=BUNDLED, role="concept", triggers=(c.label,), tags=c.tags) for c in zoo])
+        library.add_cards(
+            [
+                Card(name=c.label, family=BUNDLED, role="concept", triggers=(c.label,), tags=c.tags)
+                for c in zoo
+            ]
+        )
         index, scoring = Index(None, clip), load_scoring(clip.folder)
         asked = prompts(zoo, PROMPTS, seed)
         wanted = [
             next((choice.score for choice in ranked if choice.card.name == concept.label), 0.0)
-            for ranked, (_, concept) in zip(scores([p for p, _ in asked], library, BUNDLED, index, scoring), asked, strict=True)
+            for ranked, (_, concept) in zip(
+                scores([p for p, _ in asked], library, BUNDLED, index, scoring), asked, strict=True
+            )
         ]
         plain = scores([p for p, _ in prompts(base, PROMPTS, seed + 1)], library, BUNDLED, index, scoring)
     return calibrate(wanted, [ranked[0].score if ranked else 0.0 for ranked in plain], none_share=0.96)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clip", type=Path, default=CLIP)
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--adapters", type=Path, default=ADAPTERS)

@@ -69,10 +69,22 @@ def recipes() -> dict[str, Recipe]:
 
 
 _LOOKS = {
-    "fluent-3d": ("glossy three-dimensional icons with soft light and shading", ("3d", "glossy", "shiny", "rendered", "plastic", "clay")),
-    "high-contrast": ("bold black line drawings without colour", ("black", "line art", "monochrome", "ink", "bold", "outline")),
-    "noto-v1": ("the old blob-shaped Android emoji with soft gradients", ("retro", "android", "blob", "vintage", "gumdrop")),
-    "emojione-mono": ("flat one-colour silhouettes with cut-out details", ("monotone", "silhouette", "stencil", "glyph", "pictogram")),
+    "fluent-3d": (
+        "glossy three-dimensional icons with soft light and shading",
+        ("3d", "glossy", "shiny", "rendered", "plastic", "clay"),
+    ),
+    "high-contrast": (
+        "bold black line drawings without colour",
+        ("black", "line art", "monochrome", "ink", "bold", "outline"),
+    ),
+    "noto-v1": (
+        "the old blob-shaped Android emoji with soft gradients",
+        ("retro", "android", "blob", "vintage", "gumdrop"),
+    ),
+    "emojione-mono": (
+        "flat one-colour silhouettes with cut-out details",
+        ("monotone", "silhouette", "stencil", "glyph", "pictogram"),
+    ),
 }
 
 
@@ -82,12 +94,28 @@ def _style(name: str) -> Recipe:
 
     def scene(sampler: Sampler) -> Captioned:
         shown = sampler.text_to_image()
-        things = " and ".join(captions.with_article(sampler.say(slug), sampler.rng) for slug in dict.fromkeys(item.concept for item in shown.scene.items))
+        things = " and ".join(
+            captions.with_article(sampler.say(slug), sampler.rng)
+            for slug in dict.fromkeys(item.concept for item in shown.scene.items)
+        )
         words = captions.assemble(things, None, shown.scene.ground, sampler.rng)
-        styled = sampler.rng.choice((f"{trigger} style {words}", f"{words}, {trigger} style", f"{words} in {trigger} style"))
+        styled = sampler.rng.choice(
+            (f"{trigger} style {words}", f"{words}, {trigger} style", f"{words} in {trigger} style")
+        )
         return replace(shown, caption=styled)
 
-    return Recipe(name=name, role="style", trigger=f"{trigger} style", description=f"Draws everything as {look}.", tags=tags, artwork=twins, scene=scene, rank=4, targets="all", steps=900)
+    return Recipe(
+        name=name,
+        role="style",
+        trigger=f"{trigger} style",
+        description=f"Draws everything as {look}.",
+        tags=tags,
+        artwork=twins,
+        scene=scene,
+        rank=4,
+        targets="all",
+        steps=900,
+    )
 
 
 def _concept(concept: Concept) -> Recipe:
@@ -98,9 +126,16 @@ def _concept(concept: Concept) -> Recipe:
         if rng.random() < 0.3:
             other = rng.choice([slug for slug in sampler.have[style] if slug != concept.slug])
             order = (concept.slug, other) if rng.random() < 0.5 else (other, concept.slug)
-            items, things = sampler.row(order, False), captions.pair(*(sampler.concepts[s].label for s in order), False, rng)
+            items, things = (
+                sampler.row(order, False),
+                captions.pair(*(sampler.concepts[s].label for s in order), False, rng),
+            )
         else:
-            place = "center" if rng.random() < 0.7 else rng.choice(("left", "right", "top left", "bottom right", "small", "large"))
+            place = (
+                "center"
+                if rng.random() < 0.7
+                else rng.choice(("left", "right", "top left", "bottom right", "small", "large"))
+            )
             items, things = (sampler.item(concept.slug, place),), captions.single(concept.label, place, rng)
         words = captions.assemble(things, style, ground, rng)
         return Captioned(scene=Scene(style=style, items=items, ground=ground), caption=words)
@@ -116,8 +151,14 @@ def _background(name: str) -> Recipe:
     def scene(sampler: Sampler) -> Captioned:
         shown = sampler.text_to_image()
         ground = Ground(top=name, bottom=name, pattern=name)
-        things = " and ".join(captions.with_article(sampler.say(slug), sampler.rng) for slug in dict.fromkeys(item.concept for item in shown.scene.items))
-        return Captioned(scene=replace(shown.scene, ground=ground), caption=captions.assemble(things, shown.scene.style, ground, sampler.rng))
+        things = " and ".join(
+            captions.with_article(sampler.say(slug), sampler.rng)
+            for slug in dict.fromkeys(item.concept for item in shown.scene.items)
+        )
+        return Captioned(
+            scene=replace(shown.scene, ground=ground),
+            caption=captions.assemble(things, shown.scene.style, ground, sampler.rng),
+        )
 
     return Recipe(
         name=name.replace(" ", "-"), role="background", trigger=f"{name} background", description=f"Puts a {name} pattern behind the subject.", tags=("background", "pattern", "backdrop", *name.split()),
@@ -126,7 +167,9 @@ def _background(name: str) -> Recipe:
 
 
 @torch.no_grad()
-def examples(recipe: Recipe, pipe: FluxPipeline, pictures: Pictures, composer: Composer, *, count: int, seed: int) -> Examples:
+def examples(
+    recipe: Recipe, pipe: FluxPipeline, pictures: Pictures, composer: Composer, *, count: int, seed: int
+) -> Examples:
     """`count` scenes of a recipe as latents and text embeddings, on the pipeline's device."""
     parts = ("base", "zoo") if recipe.role == "concept" else ("base",)
     styles = recipe.artwork if recipe.role == "style" else BASE_STYLES
@@ -136,27 +179,49 @@ def examples(recipe: Recipe, pipe: FluxPipeline, pictures: Pictures, composer: C
     unique = tuple(dict.fromkeys(["", *(s.caption for s in shown)]))
     row = {caption: i for i, caption in enumerate(unique)}
     vae = pipe.vae
-    drawn = [composer.draw([s.scene for s in shown[i : i + 100]], seed=seed + i) for i in range(0, count, 100)]
+    drawn = [
+        composer.draw([s.scene for s in shown[i : i + 100]], seed=seed + i) for i in range(0, count, 100)
+    ]
     latents = torch.cat([vae.encode(batch.to(vae.dtype)).latent_dist.mode() for batch in drawn]).float()
     kind, objective = objective_of(pipe)
     found = [objective.encode(pipe, unique[i : i + 200], kind.text) for i in range(0, len(unique), 200)]
     text = {name: torch.cat([part[name] for part in found]).cpu() for name in found[0]}
     scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    return Examples(latents=scaled.cpu(), captions=unique, rows=torch.tensor([row[s.caption] for s in shown]), text=text)
+    return Examples(
+        latents=scaled.cpu(), captions=unique, rows=torch.tensor([row[s.caption] for s in shown]), text=text
+    )
 
 
-def build(recipe: Recipe, pipe: FluxPipeline, pictures: Pictures, composer: Composer, out: Path, base: BaseFacts, **changes: Any) -> Path:
+def build(
+    recipe: Recipe,
+    pipe: FluxPipeline,
+    pictures: Pictures,
+    composer: Composer,
+    out: Path,
+    base: BaseFacts,
+    **changes: Any,
+) -> Path:
     """Train one adapter and write `out/name.safetensors`."""
-    shown = examples(recipe, pipe, pictures, composer, count=changes.pop("scenes", SCENES), seed=sum(recipe.name.encode()))
+    shown = examples(
+        recipe, pipe, pictures, composer, count=changes.pop("scenes", SCENES), seed=sum(recipe.name.encode())
+    )
     settings = LoraSettings(
         trigger=recipe.trigger, rank=recipe.rank, targets=recipe.targets, description=recipe.description, tags=recipe.tags, role=recipe.role,
         licence=recipe.licence, guidance=1.0, **({"steps": recipe.steps, "batch": 48, "lr": 2e-3} | changes),
     )  # fmt: skip
-    return train(settings, pipe, lambda g: shown.draw(g, settings.batch, settings.caption_dropout), out / f"{recipe.name}.safetensors", base=base)
+    return train(
+        settings,
+        pipe,
+        lambda g: shown.draw(g, settings.batch, settings.caption_dropout),
+        out / f"{recipe.name}.safetensors",
+        base=base,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--archive", type=Path, default=Path(".cache/pictures.zip"))
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--out", type=Path, default=ADAPTERS)
@@ -174,7 +239,9 @@ def main() -> None:
     composer = Composer(pictures, pipe.device)
     args.out.mkdir(parents=True, exist_ok=True)
     base = BaseFacts(name=BUNDLED, sha256=folder_digest(args.base))
-    changes = {name: value for name in ("steps", "batch", "scenes") if (value := getattr(args, name)) is not None}
+    changes = {
+        name: value for name in ("steps", "batch", "scenes") if (value := getattr(args, name)) is not None
+    }
     for name in names[turn::of]:
         print(build(chosen[name], pipe, pictures, composer, args.out, base, **changes), flush=True)
 

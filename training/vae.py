@@ -42,8 +42,12 @@ def recolor(pictures: Tensor, generator: torch.Generator) -> Tensor:
     n, device = len(pictures), pictures.device
     rand = lambda *shape: torch.rand(*shape, device=device, generator=generator)  # noqa: E731
     matrix = torch.eye(3, device=device) + (rand(n, 3, 3) - 0.5) * 0.9
-    shading = torch.nn.functional.interpolate(rand(n, 3, 3, 3) - 0.5, pictures.shape[-2:], mode="bilinear", align_corners=True)
-    changed = (torch.einsum("nij,njhw->nihw", matrix, pictures) + 0.7 * shading * (rand(n, 1, 1, 1) < 0.5)).clamp(-1, 1)
+    shading = torch.nn.functional.interpolate(
+        rand(n, 3, 3, 3) - 0.5, pictures.shape[-2:], mode="bilinear", align_corners=True
+    )
+    changed = (
+        torch.einsum("nij,njhw->nihw", matrix, pictures) + 0.7 * shading * (rand(n, 1, 1, 1) < 0.5)
+    ).clamp(-1, 1)
     pictures = torch.where(rand(n, 1, 1, 1) < 0.5, changed, pictures)
     return torch.where(rand(n, 1, 1, 1) < 0.5, pictures.flip(-1), pictures)
 
@@ -69,7 +73,9 @@ class Forward(torch.nn.Module):
         latents = mean + (0.5 * logvar).exp() * noise
         out = self.vae.decoder(latents).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return reconstruction_loss(out, pictures) + self.kl * kl, (out.clamp(-1, 1) - pictures).square().mean((1, 2, 3))
+        return reconstruction_loss(out, pictures) + self.kl * kl, (out.clamp(-1, 1) - pictures).square().mean(
+            (1, 2, 3)
+        )
 
 
 def train(settings: VaeSettings, archive: Path, out: Path) -> None:
@@ -82,7 +88,9 @@ def train(settings: VaeSettings, archive: Path, out: Path) -> None:
     forward = Forward(vae, settings.kl)
     step_fn = torch.compile(forward) if world.device.type == "cuda" else forward
     parameters = list(vae.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.rate, betas=(0.9, 0.98), weight_decay=1e-4, fused=world.device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.rate, betas=(0.9, 0.98), weight_decay=1e-4, fused=world.device.type == "cuda"
+    )
     schedule = loop.Schedule(peak=settings.rate, steps=settings.steps, seconds=settings.seconds)
     average = loop.Average({"vae": vae}, 0.999)
     checkpoint = out / "vae.checkpoint"
@@ -96,7 +104,10 @@ def train(settings: VaeSettings, archive: Path, out: Path) -> None:
     while not schedule.ended(world):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate()
-        batch = composer.draw([sampler.text_to_image().scene for _ in range(settings.batch)], seed=sampler.rng.randrange(1 << 31))
+        batch = composer.draw(
+            [sampler.text_to_image().scene for _ in range(settings.batch)],
+            seed=sampler.rng.randrange(1 << 31),
+        )
         batch = recolor(batch, generator).to(memory_format=torch.channels_last)
         noise = torch.randn(len(batch), 16, 16, 16, device=world.device, generator=generator)
         with loop.half(world.device):
@@ -110,7 +121,9 @@ def train(settings: VaeSettings, archive: Path, out: Path) -> None:
         average.update(schedule.step)
         if schedule.step % settings.every == 0 or schedule.step == 20:
             psnr = (10 * torch.log10(4 / squared)).mean()
-            world.say(f"vae {schedule.step} progress {schedule.known[0]:.3f} loss {loss.item():.4f} psnr {psnr:.2f} {schedule.step * settings.batch * world.size / (time.monotonic() - began):.0f}/s")
+            world.say(
+                f"vae {schedule.step} progress {schedule.known[0]:.3f} loss {loss.item():.4f} psnr {psnr:.2f} {schedule.step * settings.batch * world.size / (time.monotonic() - began):.0f}/s"
+            )
     if world.first:
         loop.save_checkpoint(checkpoint, {"vae": vae}, optimizer, schedule, average)
         average.swap()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from benchmarks import base, judge
 from compose.training.data import captions, concepts
 from compose.training.data.concepts import BASE_STYLES, load_concepts
@@ -42,7 +43,11 @@ def test_paraphrases_open_like_no_training_caption(pictures):
 def test_paraphrases_prefer_other_names(pictures):
     cases = base.paraphrases("p", 608, 3, pictures)
     with_names = [case for case in cases if len(KNOWN[case.concepts[0]].names) > 1]
-    plain = [case for case in with_names if any(f" {KNOWN[case.concepts[0]].label} " in f" {case.prompt} " for _ in (0,))]
+    plain = [
+        case
+        for case in with_names
+        if any(f" {KNOWN[case.concepts[0]].label} " in f" {case.prompt} " for _ in (0,))
+    ]
     assert len(plain) < 0.5 * len(with_names)
 
 
@@ -56,7 +61,9 @@ class Oracle(base.Studio):
     """A studio whose judge sees what it is told to see."""
 
     def __init__(self, verdict: judge.Verdict, among):
-        self.judge = lambda pictures: judge.Verdict(**{k: getattr(verdict, k)[: len(pictures)] for k in ("concept", "style", "top", "bottom")})
+        self.judge = lambda pictures: judge.Verdict(
+            **{k: getattr(verdict, k)[: len(pictures)] for k in ("concept", "style", "top", "bottom")}
+        )
         self.judge.concept_rows = lambda slugs: torch.arange(len(slugs))
         self.device = torch.device("cpu")
 
@@ -72,7 +79,18 @@ def test_answers_count_ranks_and_need_both_ends_of_the_background():
         concept=torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3]]), style=score(len(judge.STYLE_NAMES), 0, 1),
         top=score(len(names), names.index("red"), names.index("red")), bottom=score(len(names), names.index("red"), names.index("blue")),
     )  # fmt: skip
-    cases = [base.Case(row="r", prompt="p", seed=i, concepts=("dog",), style=judge.STYLE_NAMES[0], top="red", bottom="red") for i in range(2)]
+    cases = [
+        base.Case(
+            row="r",
+            prompt="p",
+            seed=i,
+            concepts=("dog",),
+            style=judge.STYLE_NAMES[0],
+            top="red",
+            bottom="red",
+        )
+        for i in range(2)
+    ]
     first, second = Oracle(verdict, among).judged(cases, torch.zeros(2, 3, 128, 128), among)
     assert (first.concept, first.rank, first.style, first.ground) == ("dog", 0, True, True)
     assert (second.concept, second.rank, second.style, second.ground) == ("cat", 2, False, False)
@@ -82,7 +100,9 @@ def test_verdicts_of_other_rows_are_kept(tmp_path):
     path = tmp_path / "v.jsonl"
 
     def answer(row, seed):
-        return base.Answer(row=row, prompt="p", seed=seed, adapter=None, concept="cat", rank=0, style=None, ground=None)
+        return base.Answer(
+            row=row, prompt="p", seed=seed, adapter=None, concept="cat", rank=0, style=None, ground=None
+        )
 
     base.keep([answer("a", 1), answer("b", 1)], path)
     base.keep([answer("a", 2)], path)

@@ -18,7 +18,9 @@ PHRASES = ["a small dog", "the quick brown fox jumps", "ocean waves under a nigh
 def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     tokenizer.build(PHRASES, folder, size=1200)
-    return CLIPTokenizer.from_pretrained(folder / "tokenizer"), PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer"), PreTrainedTokenizerFast.from_pretrained(
+        folder / "tokenizer_2"
+    )
 
 
 def test_both_tokenizers_share_one_vocabulary(tokenizers):
@@ -40,7 +42,9 @@ def test_padding_is_not_saved_into_the_tokenizer(tokenizers):
 
 def small_vae() -> AutoencoderKL:
     torch.manual_seed(0)
-    return AutoencoderKL(**{**vae.CONFIG, "block_out_channels": (16, 16, 16, 16), "layers_per_block": 1}).eval()
+    return AutoencoderKL(
+        **{**vae.CONFIG, "block_out_channels": (16, 16, 16, 16), "layers_per_block": 1}
+    ).eval()
 
 
 class Scenes:
@@ -73,7 +77,9 @@ def test_psnr_is_that_of_the_reconstruction():
 
 def test_reconstruction_loss_prefers_sharp_edges():
     step = torch.cat([-torch.ones(1, 3, 8, 4), torch.ones(1, 3, 8, 4)], -1)
-    soft = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(step, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    soft = torch.nn.functional.avg_pool2d(
+        torch.nn.functional.pad(step, (1, 1, 1, 1), mode="replicate"), 3, stride=1
+    )
     even = step + (soft - step).abs().mean()  # the same absolute error, spread out
     assert vae.reconstruction_loss(step, step) == 0
     assert vae.reconstruction_loss(soft, step) > vae.reconstruction_loss(even, step)
@@ -92,7 +98,12 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path):
     def fresh():
         torch.manual_seed(1)
         model = torch.nn.Linear(4, 4)
-        return model, torch.optim.AdamW(model.parameters(), lr=0.1), loop.Average({"m": model}, 0.9), loop.Schedule(peak=0.1, steps=10)
+        return (
+            model,
+            torch.optim.AdamW(model.parameters(), lr=0.1),
+            loop.Average({"m": model}, 0.9),
+            loop.Schedule(peak=0.1, steps=10),
+        )
 
     whole = fresh()
     steps(*whole, 6)

@@ -14,14 +14,21 @@ from PIL import Image
 
 from compose.training.data import captions, concepts, pictures, scenes
 
-COLORS = {"noto": (200, 40, 40), "twemoji": (40, 200, 40), "emojione": (40, 40, 200), "high-contrast": (0, 0, 0)}
+COLORS = {
+    "noto": (200, 40, 40),
+    "twemoji": (40, 200, 40),
+    "emojione": (40, 40, 200),
+    "high-contrast": (0, 0, 0),
+}
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> Path:
     """Twelve base and four zoo concepts as plain discs, one colour per style."""
     known = concepts.load_concepts()
-    chosen = [s for s, c in known.items() if c.part == "base"][:12] + [s for s, c in known.items() if c.part == "zoo"][:4]
+    chosen = [s for s, c in known.items() if c.part == "base"][:12] + [
+        s for s, c in known.items() if c.part == "zoo"
+    ][:4]
     path = tmp_path_factory.mktemp("data") / "pictures.zip"
     index = {"concepts": {}, "styles": {}, "pictures": []}
     with zipfile.ZipFile(path, "w") as file:
@@ -51,7 +58,10 @@ def test_split_is_fixed_and_disjoint():
 
 
 def test_every_part_covers_most_subjects():
-    groups = {part: {c.subgroup for c in concepts.load_concepts().values() if c.part == part} for part in ("base", "test")}
+    groups = {
+        part: {c.subgroup for c in concepts.load_concepts().values() if c.part == part}
+        for part in ("base", "test")
+    }
     assert len(groups["base"] & groups["test"]) > 0.7 * len(groups["base"])
 
 

@@ -14,9 +14,31 @@ LEADS = (
     "a nice ", "a simple picture of ", "a small illustration of ", "artwork of ", "clipart of ", "a sticker of ", "a sketch of ",
     "there is ", "here is ", "this is ", "can you draw ", "give me ", "let me see ", "render ", "depict ", "a portrait of ",
 )  # fmt: skip
-ON = ("on {}", "on a {}", "against {}", "against a {}", "with {}", "with a {}", "in front of a {}", "over a {}", "set on {}", "placed on a {}")
+ON = (
+    "on {}",
+    "on a {}",
+    "against {}",
+    "against a {}",
+    "with {}",
+    "with a {}",
+    "in front of a {}",
+    "over a {}",
+    "set on {}",
+    "placed on a {}",
+)
 GROUND = ("background", "background", "background", "backdrop", "ground", "surface", "canvas", "backing", "")
-STYLED = ("{} style", "in {} style", "in the {} style", "in the style of {}", "{} art", "drawn as {}", "as {} artwork", "{}", "the {} look", "rendered in {} style")
+STYLED = (
+    "{} style",
+    "in {} style",
+    "in the {} style",
+    "in the style of {}",
+    "{} art",
+    "drawn as {}",
+    "as {} artwork",
+    "{}",
+    "the {} look",
+    "rendered in {} style",
+)
 NUMBERS = {2: ("two", "2", "a pair of", "a couple of"), 3: ("three", "3"), 4: ("four", "4")}
 PLACES = {
     "center": ("in the middle", "in the center", "centered", ""),
@@ -114,7 +136,16 @@ def pair(first: str, second: str, upright: bool, rng: random.Random) -> str:
     """Two objects: `first` left of (or above) `second`, said from either side."""
     a, b = with_article(first, rng), with_article(second, rng)
     if upright:
-        return rng.choice((f"{a} above {b}", f"{b} below {a}", f"{a} on top of {b}", f"{a} over {b}", f"{b} under {a}", f"{a} at the top and {b} at the bottom"))
+        return rng.choice(
+            (
+                f"{a} above {b}",
+                f"{b} below {a}",
+                f"{a} on top of {b}",
+                f"{a} over {b}",
+                f"{b} under {a}",
+                f"{a} at the top and {b} at the bottom",
+            )
+        )
     return rng.choice((
         f"{a} and {b}", f"{a} and {b}", f"{a} left of {b}", f"{a} to the left of {b}", f"{b} right of {a}", f"{b} to the right of {a}",
         f"{a} next to {b}", f"{a} beside {b}", f"{a} on the left and {b} on the right", f"{b} on the right and {a} on the left", f"{a} with {b}",
@@ -125,13 +156,23 @@ def pair(first: str, second: str, upright: bool, rng: random.Random) -> str:
 def triple(names: list[str], rng: random.Random) -> str:
     """Three objects from left to right."""
     a, b, c = (with_article(name, rng) for name in names)
-    return rng.choice((f"{a}, {b} and {c}", f"{a} and {b} and {c}", f"{a} next to {b} next to {c}", f"from left to right {a}, {b}, {c}", f"{a}, {b}, {c} in a row"))
+    return rng.choice(
+        (
+            f"{a}, {b} and {c}",
+            f"{a} and {b} and {c}",
+            f"{a} next to {b} next to {c}",
+            f"from left to right {a}, {b}, {c}",
+            f"{a}, {b}, {c} in a row",
+        )
+    )
 
 
 def counted(name: str, number: int, rng: random.Random) -> str:
     """Several of the same object."""
     word = rng.choice(NUMBERS[number])
-    return rng.choice((f"{word} {plural(name)}", f"{word} {plural(name)}", f"{word} copies of {with_article(name, rng)}"))
+    return rng.choice(
+        (f"{word} {plural(name)}", f"{word} {plural(name)}", f"{word} copies of {with_article(name, rng)}")
+    )
 
 
 EDIT_STYLE = (
@@ -142,13 +183,43 @@ EDIT_GROUND = (
     "change the background to {}", "make the background {}", "replace the background with {}", "{} background instead", "put it on {}",
     "set the background to {}", "turn the background {}", "recolor the background to {}", "now on a {} background", "use a {} background",
 )  # fmt: skip
-EDIT_SWAP = ("replace the {a} with {b}", "turn the {a} into {b}", "swap the {a} for {b}", "change the {a} to {b}", "put {b} in place of the {a}", "{b} instead of the {a}")
-EDIT_ADD = ("add {b} {where}", "put {b} {where}", "place {b} {where}", "draw {b} {where}", "also add {b} {where}", "insert {b} {where}")
-EDIT_REMOVE = ("remove the {b}", "delete the {b}", "take away the {b}", "erase the {b}", "get rid of the {b}", "without the {b}", "take the {b} out")
-EDIT_KEEP = ("keep the picture as it is", "change nothing", "the same picture", "leave it unchanged", "copy the picture")
+EDIT_SWAP = (
+    "replace the {a} with {b}",
+    "turn the {a} into {b}",
+    "swap the {a} for {b}",
+    "change the {a} to {b}",
+    "put {b} in place of the {a}",
+    "{b} instead of the {a}",
+)
+EDIT_ADD = (
+    "add {b} {where}",
+    "put {b} {where}",
+    "place {b} {where}",
+    "draw {b} {where}",
+    "also add {b} {where}",
+    "insert {b} {where}",
+)
+EDIT_REMOVE = (
+    "remove the {b}",
+    "delete the {b}",
+    "take away the {b}",
+    "erase the {b}",
+    "get rid of the {b}",
+    "without the {b}",
+    "take the {b} out",
+)
+EDIT_KEEP = (
+    "keep the picture as it is",
+    "change nothing",
+    "the same picture",
+    "leave it unchanged",
+    "copy the picture",
+)
 
 
 def ground_edit(ground: Ground, rng: random.Random) -> str:
     """Instruction that names the new background."""
-    words = ground.pattern or (ground.top if ground.top == ground.bottom else f"{ground.top} to {ground.bottom} gradient")
+    words = ground.pattern or (
+        ground.top if ground.top == ground.bottom else f"{ground.top} to {ground.bottom} gradient"
+    )
     return rng.choice(EDIT_GROUND).format(words)

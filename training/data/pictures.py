@@ -40,20 +40,88 @@ class Style:
 
 
 STYLES: tuple[Style, ...] = (
-    Style(name="noto", package="@iconify-json/noto", version="1.2.9", licence="Apache-2.0", phrases=("noto", "noto emoji", "google noto")),
-    Style(name="twemoji", package="@iconify-json/twemoji", version="1.2.5", licence="CC-BY-4.0", phrases=("twemoji", "twitter emoji", "twemoji flat")),
-    Style(name="fluent-flat", package="@iconify-json/fluent-emoji-flat", version="1.2.6", licence="MIT", phrases=("fluent flat", "flat fluent", "microsoft fluent flat")),
-    Style(name="emojione", package="@iconify-json/emojione", version="1.2.3", licence="CC-BY-4.0", phrases=("emojione", "emoji one", "emojione color")),
-    Style(name="streamline", package="@iconify-json/streamline-emojis", version="1.2.4", licence="CC-BY-4.0", phrases=("streamline", "streamline outline", "outlined streamline")),
-    Style(name="fluent-3d", package="@lobehub/fluent-emoji-3d", version="1.1.0", licence="MIT", phrases=("fluent 3d", "glossy 3d", "3d fluent")),
-    Style(name="fluent-gradient", package="@iconify-json/fluent-emoji", version="1.2.7", licence="MIT", phrases=("fluent gradient", "soft gradient fluent"), supersample=2),
-    Style(name="high-contrast", package="@iconify-json/fluent-emoji-high-contrast", version="1.2.6", licence="MIT", phrases=("high contrast", "black line high contrast")),
-    Style(name="noto-v1", package="@iconify-json/noto-v1", version="1.2.5", licence="Apache-2.0", phrases=("noto v1", "old noto blob")),
-    Style(name="emojione-mono", package="@iconify-json/emojione-monotone", version="1.2.1", licence="CC-BY-4.0", phrases=("emojione mono", "monotone emojione")),
+    Style(
+        name="noto",
+        package="@iconify-json/noto",
+        version="1.2.9",
+        licence="Apache-2.0",
+        phrases=("noto", "noto emoji", "google noto"),
+    ),
+    Style(
+        name="twemoji",
+        package="@iconify-json/twemoji",
+        version="1.2.5",
+        licence="CC-BY-4.0",
+        phrases=("twemoji", "twitter emoji", "twemoji flat"),
+    ),
+    Style(
+        name="fluent-flat",
+        package="@iconify-json/fluent-emoji-flat",
+        version="1.2.6",
+        licence="MIT",
+        phrases=("fluent flat", "flat fluent", "microsoft fluent flat"),
+    ),
+    Style(
+        name="emojione",
+        package="@iconify-json/emojione",
+        version="1.2.3",
+        licence="CC-BY-4.0",
+        phrases=("emojione", "emoji one", "emojione color"),
+    ),
+    Style(
+        name="streamline",
+        package="@iconify-json/streamline-emojis",
+        version="1.2.4",
+        licence="CC-BY-4.0",
+        phrases=("streamline", "streamline outline", "outlined streamline"),
+    ),
+    Style(
+        name="fluent-3d",
+        package="@lobehub/fluent-emoji-3d",
+        version="1.1.0",
+        licence="MIT",
+        phrases=("fluent 3d", "glossy 3d", "3d fluent"),
+    ),
+    Style(
+        name="fluent-gradient",
+        package="@iconify-json/fluent-emoji",
+        version="1.2.7",
+        licence="MIT",
+        phrases=("fluent gradient", "soft gradient fluent"),
+        supersample=2,
+    ),
+    Style(
+        name="high-contrast",
+        package="@iconify-json/fluent-emoji-high-contrast",
+        version="1.2.6",
+        licence="MIT",
+        phrases=("high contrast", "black line high contrast"),
+    ),
+    Style(
+        name="noto-v1",
+        package="@iconify-json/noto-v1",
+        version="1.2.5",
+        licence="Apache-2.0",
+        phrases=("noto v1", "old noto blob"),
+    ),
+    Style(
+        name="emojione-mono",
+        package="@iconify-json/emojione-monotone",
+        version="1.2.1",
+        licence="CC-BY-4.0",
+        phrases=("emojione mono", "monotone emojione"),
+    ),
 )
 STYLE = {style.name: style for style in STYLES}
 NAMES_PACKAGE = ("emojibase-data", "17.0.0", "MIT")
-GROUPS = {0: "smileys-emotion", 3: "animals-nature", 4: "food-drink", 5: "travel-places", 6: "activities", 7: "objects"}
+GROUPS = {
+    0: "smileys-emotion",
+    3: "animals-nature",
+    4: "food-drink",
+    5: "travel-places",
+    6: "activities",
+    7: "objects",
+}
 
 
 def fetch(folder: Path) -> Path:
@@ -63,7 +131,16 @@ def fetch(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "package.json").write_text('{"name": "pictures", "private": true}\n')
     wanted = [f"{style.package}@{style.version}" for style in STYLES] + ["@".join(NAMES_PACKAGE[:2])]
-    command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder), *wanted]
+    command = [
+        "npm",
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--ignore-scripts",
+        "--prefix",
+        str(folder),
+        *wanted,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ComposeError(f"npm could not install the artwork: {done.stderr.strip().splitlines()[-1:]}")
@@ -72,7 +149,9 @@ def fetch(folder: Path) -> Path:
 
 def slug(label: str) -> str:
     """`Mrs. Claus’s hat` -> `mrs-clauss-hat`, the spelling that the icon sets use."""
-    plain = label.lower().translate(str.maketrans({"’": "", "'": "", ".": "", "!": "", "ñ": "n", "å": "a", "é": "e", "&": "and"}))
+    plain = label.lower().translate(
+        str.maketrans({"’": "", "'": "", ".": "", "!": "", "ñ": "n", "å": "a", "é": "e", "&": "and"})
+    )
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
@@ -83,7 +162,10 @@ def concepts(modules: Path) -> dict[str, dict]:
     """
     data = json.loads((modules / "emojibase-data/en/data.json").read_text())
     subgroups = json.loads((modules / "emojibase-data/meta/groups.json").read_text())["subgroups"]
-    codes = [json.loads((modules / f"emojibase-data/en/shortcodes/{name}.json").read_text()) for name in ("cldr", "github", "iamcal", "joypixels", "emojibase")]
+    codes = [
+        json.loads((modules / f"emojibase-data/en/shortcodes/{name}.json").read_text())
+        for name in ("cldr", "github", "iamcal", "joypixels", "emojibase")
+    ]
     found = {}
     for entry in data:
         clock = re.search(r"o’clock|-thirty", entry["label"])
@@ -140,7 +222,12 @@ def artwork(modules: Path, style: Style, wanted: dict[str, dict]) -> Iterator[tu
             if icon:
                 width, height = icon.get("width", data["width"]), icon.get("height", data["height"])
                 box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-                yield name, f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}" width="{width}" height="{height}">{icon["body"]}</svg>'.replace("currentColor", "#000000")
+                yield (
+                    name,
+                    f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}" width="{width}" height="{height}">{icon["body"]}</svg>'.replace(
+                        "currentColor", "#000000"
+                    ),
+                )
                 break
 
 
@@ -170,7 +257,9 @@ def build(out: Path, cache: Path) -> dict[str, int]:
             items = list(artwork(modules, style, wanted))
             drawn = pool.map(lambda item, s=style: rasterise(item[1], s.supersample), items)
             seen: set[str] = set()
-            for (concept, _), picture in tqdm(zip(items, drawn, strict=True), total=len(items), desc=f"render {style.name}"):
+            for (concept, _), picture in tqdm(
+                zip(items, drawn, strict=True), total=len(items), desc=f"render {style.name}"
+            ):
                 digest = hashlib.sha256(picture.tobytes()).hexdigest()
                 if digest in seen or picture.getbbox() is None:
                     continue
@@ -179,7 +268,11 @@ def build(out: Path, cache: Path) -> dict[str, int]:
                 picture.save(buffer, "WEBP", quality=QUALITY, method=4)
                 archive.writestr(f"{style.name}/{concept}.webp", buffer.getvalue())
                 index["pictures"].append({"style": style.name, "concept": concept, "licence": style.licence})
-            index["styles"][style.name] = {"package": style.package, "version": style.version, "licence": style.licence}
+            index["styles"][style.name] = {
+                "package": style.package,
+                "version": style.version,
+                "licence": style.licence,
+            }
         archive.writestr("index.json", json.dumps(index))
     partial.replace(out)
     return {style.name: sum(p["style"] == style.name for p in index["pictures"]) for style in STYLES}

@@ -37,7 +37,11 @@ PLACE_XY = {
     "center": (64, 64), "top left": (34, 34), "top right": (94, 34), "bottom left": (34, 94), "bottom right": (94, 94),
     "left": (34, 64), "right": (94, 64), "top": (64, 34), "bottom": (64, 94), "small": (64, 64), "large": (64, 64),
 }  # fmt: skip
-GRIDS = {2: ((33, 64), (95, 64)), 3: ((24, 64), (64, 64), (104, 64)), 4: ((34, 34), (94, 34), (34, 94), (94, 94))}
+GRIDS = {
+    2: ((33, 64), (95, 64)),
+    3: ((24, 64), (64, 64), (104, 64)),
+    4: ((34, 34), (94, 34), (34, 94), (94, 94)),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +75,22 @@ class Captioned:
 class Sampler:
     """Draws captioned scenes of the given concepts and styles from one seed."""
 
-    def __init__(self, pictures: Pictures, *, parts: Sequence[str] = ("base",), styles: Sequence[str], seed: int, patterns: float = 0.0):
+    def __init__(
+        self,
+        pictures: Pictures,
+        *,
+        parts: Sequence[str] = ("base",),
+        styles: Sequence[str],
+        seed: int,
+        patterns: float = 0.0,
+    ):
         self.rng = random.Random(seed)
-        self.concepts: dict[str, Concept] = {slug: c for slug, c in pictures.concepts.items() if c.part in parts}
-        self.have = {style: [slug for slug in self.concepts if (style, slug) in pictures.row] for style in styles}
+        self.concepts: dict[str, Concept] = {
+            slug: c for slug, c in pictures.concepts.items() if c.part in parts
+        }
+        self.have = {
+            style: [slug for slug in self.concepts if (style, slug) in pictures.row] for style in styles
+        }
         self.styles = [style for style in styles if self.have[style]]
         self.weights = [math.sqrt(len(self.have[style])) for style in self.styles]
         self.pictures, self.patterns = pictures, patterns
@@ -90,7 +106,9 @@ class Sampler:
             return Ground(top=name, bottom=name, pattern=name)
         colors = [c for c in COLOR_NAMES if c not in hidden]
         top = rng.choice(colors)
-        return Ground(top=top, bottom=rng.choice([c for c in colors if c != top]) if rng.random() < 0.2 else top)
+        return Ground(
+            top=top, bottom=rng.choice([c for c in colors if c != top]) if rng.random() < 0.2 else top
+        )
 
     def say(self, slug: str) -> str:
         return captions.name_of(self.concepts[slug], self.rng)
@@ -123,7 +141,9 @@ class Sampler:
         if bare and rng.random() < 0.7:
             scene = replace(scene, ground=Ground(top="white", bottom="white"))
         style = None if rng.random() < 0.05 else scene.style
-        return Captioned(scene=scene, caption=captions.assemble(things, style, None if bare else scene.ground, rng))
+        return Captioned(
+            scene=scene, caption=captions.assemble(things, style, None if bare else scene.ground, rng)
+        )
 
     def item(self, slug: str, place: str = "center") -> Item:
         """One object at a named place; sizes and positions vary a little."""
@@ -137,7 +157,10 @@ class Sampler:
         rng, size = self.rng, {2: (4, 5, 5), 3: (7,), 4: (5, 6)}[len(slugs)]
         side = rng.choice(size)
         spots = [(y, x) if upright else (x, y) for x, y in GRIDS[len(slugs)]]
-        return tuple(Item(concept=s, size=side, x=x + rng.randint(-1, 1), y=y + rng.randint(-3, 3)) for s, (x, y) in zip(slugs, spots, strict=True))
+        return tuple(
+            Item(concept=s, size=side, x=x + rng.randint(-1, 1), y=y + rng.randint(-3, 3))
+            for s, (x, y) in zip(slugs, spots, strict=True)
+        )
 
     def edit(self) -> Captioned:
         """A source picture, an instruction, and the picture that follows it."""
@@ -148,7 +171,11 @@ class Sampler:
 
     def _edit_style(self, source: Scene) -> Captioned:
         slugs = {item.concept for item in source.items}
-        styles = [s for s in self.styles if s != source.style and all((s, slug) in self.pictures.row for slug in slugs)]
+        styles = [
+            s
+            for s in self.styles
+            if s != source.style and all((s, slug) in self.pictures.row for slug in slugs)
+        ]
         if not styles:
             return self._edit_ground(source)
         style = self.rng.choice(styles)
@@ -159,13 +186,19 @@ class Sampler:
         ground = self.ground(source.style)
         while ground == source.ground:
             ground = self.ground(source.style)
-        return Captioned(scene=replace(source, ground=ground), source=source, caption=captions.ground_edit(ground, self.rng))
+        return Captioned(
+            scene=replace(source, ground=ground),
+            source=source,
+            caption=captions.ground_edit(ground, self.rng),
+        )
 
     def _edit_swap(self, source: Scene) -> Captioned:
         place = self.rng.randrange(len(source.items))
         old = source.items[place]
         new = self.rng.choice(self.have[source.style])
-        items = tuple(replace(item, concept=new) if item.concept == old.concept else item for item in source.items)
+        items = tuple(
+            replace(item, concept=new) if item.concept == old.concept else item for item in source.items
+        )
         b = captions.with_article(self.say(new), self.rng)
         words = self.rng.choice(captions.EDIT_SWAP).format(a=self.say(old.concept), b=b)
         return Captioned(scene=replace(source, items=items), source=source, caption=words)
@@ -181,12 +214,16 @@ class Sampler:
     def _edit_add(self, source: Scene) -> Captioned:
         one, both, slug, side = self._pair(source)
         where = self.rng.choice((f"on the {side}", f"to the {side}", f"at the {side} side", "next to it"))
-        words = self.rng.choice(captions.EDIT_ADD).format(b=captions.with_article(self.say(slug), self.rng), where=where)
+        words = self.rng.choice(captions.EDIT_ADD).format(
+            b=captions.with_article(self.say(slug), self.rng), where=where
+        )
         return Captioned(scene=both, source=one, caption=words)
 
     def _edit_remove(self, source: Scene) -> Captioned:
         one, both, slug, _ = self._pair(source)
-        return Captioned(scene=one, source=both, caption=self.rng.choice(captions.EDIT_REMOVE).format(b=self.say(slug)))
+        return Captioned(
+            scene=one, source=both, caption=self.rng.choice(captions.EDIT_REMOVE).format(b=self.say(slug))
+        )
 
     def _edit_keep(self, source: Scene) -> Captioned:
         return Captioned(scene=source, source=source, caption=self.rng.choice(captions.EDIT_KEEP))
@@ -199,8 +236,15 @@ class Pictures:
         with zipfile.ZipFile(archive) as file:
             index = json.loads(file.read("index.json"))
             known = load_concepts()
-            wanted = [p for p in index["pictures"] if (styles is None or p["style"] in styles) and p["concept"] in known]
-            self.sprites = [Image.open(io.BytesIO(file.read(f"{p['style']}/{p['concept']}.webp"))).convert("RGBA") for p in wanted]
+            wanted = [
+                p
+                for p in index["pictures"]
+                if (styles is None or p["style"] in styles) and p["concept"] in known
+            ]
+            self.sprites = [
+                Image.open(io.BytesIO(file.read(f"{p['style']}/{p['concept']}.webp"))).convert("RGBA")
+                for p in wanted
+            ]
         self.concepts = known
         self.row = {(p["style"], p["concept"]): i for i, p in enumerate(wanted)}
 
@@ -224,7 +268,9 @@ class Composer:
     def __init__(self, pictures: Pictures, device: torch.device | str):
         self.row, self.device = pictures.row, torch.device(device)
         self.count = len(pictures.sprites)
-        artwork = torch.from_numpy(np.stack([np.asarray(sprite) for sprite in pictures.sprites])).to(self.device)
+        artwork = torch.from_numpy(np.stack([np.asarray(sprite) for sprite in pictures.sprites])).to(
+            self.device
+        )
         banks = [_bank(artwork, size) for size in SIZES]
         self.starts = np.cumsum([0, *(len(bank) for bank in banks[:-1])])
         self.flat = torch.cat(banks)  # (pixels,) RGBA packed into int32
@@ -241,10 +287,17 @@ class Composer:
         for n, scene in enumerate(scenes):
             for slot, item in enumerate(scene.items):
                 side, row = SIZES[item.size], self.row[scene.style, item.concept]
-                table[n, slot] = (self.starts[item.size] + row * side * side, side, item.x - side // 2, item.y - side // 2)
+                table[n, slot] = (
+                    self.starts[item.size] + row * side * side,
+                    side,
+                    item.x - side // 2,
+                    item.y - side // 2,
+                )
         blank = (0, 0, 0)  # patterns are drawn over it
         grounds = [scene.ground for scene in scenes]
-        ends = np.array([(COLORS.get(g.top, blank), COLORS.get(g.bottom, blank)) for g in grounds], dtype=np.float32)
+        ends = np.array(
+            [(COLORS.get(g.top, blank), COLORS.get(g.bottom, blank)) for g in grounds], dtype=np.float32
+        )
         same = np.array([g.top == g.bottom for g in grounds])
         kind = np.array([-1 if g.pattern is None else PATTERNS.index(g.pattern) for g in grounds])
         return Laid(*(torch.from_numpy(array).to(self.device) for array in (table, ends, same, kind)))
@@ -271,10 +324,16 @@ class Composer:
         noise[:, 1] = torch.where(laid.same[:, None], noise[:, 0], noise[:, 1])
         ends = (laid.ends + noise).clamp(0, 255)
         mix = (self.ys / (SIDE - 1)).float()[:, None]  # (1, 1, side, 1)
-        picture = (ends[:, 0, :, None, None] * (1 - mix) + ends[:, 1, :, None, None] * mix).expand(-1, -1, SIDE, SIDE)
+        picture = (ends[:, 0, :, None, None] * (1 - mix) + ends[:, 1, :, None, None] * mix).expand(
+            -1, -1, SIDE, SIDE
+        )
         variant = torch.randint(VARIANTS, (count,), device=self.device, generator=generator)
         rows = (laid.kind >= 0).nonzero()[:, 0]
-        return picture.index_copy(0, rows, self.patterns[laid.kind[rows], variant[rows]]) if len(rows) else picture
+        return (
+            picture.index_copy(0, rows, self.patterns[laid.kind[rows], variant[rows]])
+            if len(rows)
+            else picture
+        )
 
     @functools.cached_property
     def patterns(self) -> Tensor:
@@ -290,9 +349,17 @@ def _bank(artwork: Tensor, side: int, batch: int = 256) -> Tensor:
     for chunk in artwork.split(batch):
         rgba = chunk.permute(0, 3, 1, 2).float() / 255
         alpha = rgba[:, 3:]
-        small = torch.nn.functional.interpolate(torch.cat([rgba[:, :3] * alpha, alpha], 1), size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        small = torch.nn.functional.interpolate(
+            torch.cat([rgba[:, :3] * alpha, alpha], 1), size=(side, side), mode="bicubic", antialias=True
+        ).clamp(0, 1)
         color = (small[:, :3] / small[:, 3:].clamp_min(1e-3)).clamp(0, 1)
-        packed = (torch.cat([color, small[:, 3:]], 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        packed = (
+            (torch.cat([color, small[:, 3:]], 1) * 255)
+            .round()
+            .to(torch.uint8)
+            .permute(0, 2, 3, 1)
+            .contiguous()
+        )
         rows.append(packed.view(torch.int32).reshape(-1))
     return torch.cat(rows)
 
@@ -328,7 +395,9 @@ def _bricks(rng, x, y):
 
 def _night(rng, x, y):
     stars = np.zeros_like(x)
-    for sx, sy, r in zip(rng.integers(0, SIDE, 46), rng.integers(0, SIDE, 46), rng.uniform(0.7, 1.9, 46), strict=True):
+    for sx, sy, r in zip(
+        rng.integers(0, SIDE, 46), rng.integers(0, SIDE, 46), rng.uniform(0.7, 1.9, 46), strict=True
+    ):
         stars = np.maximum(stars, r + 0.5 - np.hypot(x - sx, y - sy))
     return (16, 20, 58), (255, 246, 200), stars
 
@@ -340,7 +409,11 @@ def _checker(rng, x, y):
 
 def _waves(rng, x, y):
     step, phase = rng.integers(20, 27), rng.uniform(0, 6)
-    return (40, 120, 200), (150, 214, 246), np.sin((y + 5 * np.sin(x / 9 + phase)) * 2 * np.pi / step) * 3 + 0.5
+    return (
+        (40, 120, 200),
+        (150, 214, 246),
+        np.sin((y + 5 * np.sin(x / 9 + phase)) * 2 * np.pi / step) * 3 + 0.5,
+    )
 
 
 def _sunburst(rng, x, y):
@@ -354,4 +427,6 @@ def _graph(rng, x, y):
     return (92, 150, 200), (244, 250, 252), line - 0.5
 
 
-PATTERN_MAKERS = dict(zip(PATTERNS, (_dots, _stripes, _bricks, _night, _checker, _waves, _sunburst, _graph), strict=True))
+PATTERN_MAKERS = dict(
+    zip(PATTERNS, (_dots, _stripes, _bricks, _night, _checker, _waves, _sunburst, _graph), strict=True)
+)
