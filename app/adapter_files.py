@@ -98,6 +98,9 @@ def write(
 
 def _described(adapter: Adapter) -> str:
     ranks = sorted(delta.down.shape[0] for delta in adapter.deltas.values() if hasattr(delta, "down"))
+    entries = sum(delta.value.numel() for delta in adapter.deltas.values() if hasattr(delta, "value"))
+    if entries:
+        return f"{len(adapter.deltas)} sites, {entries:,} entries"
     if not ranks:
         return f"{len(adapter.deltas)} sites"
     return f"{len(adapter.deltas)} sites, rank {ranks[0]}" + (
@@ -112,7 +115,10 @@ def chosen_dtype(args: argparse.Namespace, adapters: Iterable[Adapter]) -> torch
     if args.dtype:
         return getattr(torch, args.dtype)
     found = {
-        delta.up.dtype for adapter in adapters for delta in adapter.deltas.values() if hasattr(delta, "up")
+        tensor.dtype
+        for adapter in adapters
+        for delta in adapter.deltas.values()
+        if (tensor := getattr(delta, "up", getattr(delta, "value", None))) is not None
     }
     if len(found) == 1 and found <= {torch.float16, torch.bfloat16}:
         return found.pop()

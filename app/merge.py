@@ -22,12 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merge, write, and print the error of the written file against the exact sum."""
     from compose.algebra import merge, squeeze
+    from compose.interference import collisions
 
     files.check_output(args)
     files.check_share(args.energy, args.rank)
     picks = [_pick(text) for text in args.adapters]
     parts = [(files.open_adapter(pick.name, args.strict), pick.weight) for pick in picks]
     exact = merge(parts, name=Path(args.out).stem)
+    shared = collisions([adapter for adapter, _ in parts])
+    if shared.entries:
+        print(f"sparse: {shared}")
     made = squeeze(exact, rank=args.rank, energy=args.energy) if args.rank or args.energy else exact
     files.write(
         exact, made, args, args.to, files.chosen_dtype(args, [a for a, _ in parts]), files.origin(parts)

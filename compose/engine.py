@@ -109,6 +109,7 @@ class Composition:
         self._adapters = list(adapters)
         self._set_policy(policy)
         self._asked = backend
+        self.backend_name = ""  # the one in use, where it has a name
 
     def _set_policy(self, policy: Policy | Sequence[Policy]) -> None:
         policies = list(policy) if isinstance(policy, Sequence) else [policy]
@@ -193,6 +194,7 @@ class Composition:
             self.say(f"backend {name}: {reason}")
         if name not in BACKENDS:
             raise RequestError(unknown("backend", name, ["auto", *BACKENDS]))
+        self.backend_name = name
         return BACKENDS[name]
 
     def _attach(self) -> None:

@@ -26,13 +26,13 @@ from diffusers import DiffusionPipeline
 from compose import bases, loading
 from compose.adapter import Adapter
 from compose.arrange import check_policy, policy_for
-from compose.backends import BACKENDS
 from compose.bases import Kind
 from compose.cache import FeatureCache
 from compose.digest import file_digest, weights_digest
 from compose.engine import Composition
 from compose.errors import AdapterError, RequestError
-from compose.formats import load, resolve
+from compose.formats import load, read_metadata, resolve
+from compose.formats.sparse import HEADER as SPARSE
 from compose.pictures import Picture, as_uri, read_all, sized
 from compose.plan import Context, Policy
 from compose.preview import Look, Sketcher, Watch, blank, unwatched
@@ -250,7 +250,7 @@ class ComposePipeline:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         filled = dataclasses.replace(request, seed=seed, **bases.fill(self.kind, mode, request, size))
         uses, notes = self._uses(filled, library, progress)
-        adapters = self._open(uses)
+        adapters = self._open(uses, filled.force)
         text, woven = weave(filled.text, [t for use in uses for t in use.triggers] if filled.triggers else [])
         applied = tuple(_applied(use, adapter, woven) for use, adapter in zip(uses, adapters, strict=True))
         record = Record(
@@ -338,15 +338,18 @@ class ComposePipeline:
                 reason=choice.reason,
             )
             for choice in choices
+            if request.force or not self._foreign(_made_for(read_metadata(resolve(str(choice.card.path)))))
         ]
 
-    def _open(self, uses: Sequence[Use]) -> tuple[Adapter, ...]:
+    def _open(self, uses: Sequence[Use], force: bool) -> tuple[Adapter, ...]:
         """The adapters of this request; those that the last one used and this one does not are let go."""
         before, self._files = self._files, {}
         for use in uses:
             key = (file_digest(str(use.card.path)), use.card.name)
             self._files[key] = before.get(key) or load(str(use.card.path), name=use.card.name)
             self._check_family(use, self._files[key])
+            if not force:
+                self._check_weights(self._files[key])
         return tuple(self._files.values())
 
     def _check_family(self, use: Use, adapter: Adapter) -> None:
@@ -356,6 +359,19 @@ class ComposePipeline:
                     f"adapter '{use.card.name}' is made for {family}, base '{self.name}' takes "
                     f"{' or '.join(self.kind.families)}; choose another adapter or another --base"
                 )
+
+    def _check_weights(self, adapter: Adapter) -> None:
+        """A sparse adapter owns entries of one model's weights: on another's they mean nothing."""
+        made_for = _made_for(adapter.metadata)
+        if self._foreign(made_for):
+            raise AdapterError(
+                f"sparse adapter '{adapter.name}' was made for weights with SHA-256 {made_for[:12]}, base "
+                f"'{self.name}' has {self.sha256[:12]}; give its own base, or --force if only the shapes matter"
+            )
+
+    def _foreign(self, made_for: str) -> bool:
+        """Whether a sparse adapter is bound to other weights than these; a wrapped pipeline's files are not known."""
+        return bool(made_for) and self.source is not None and made_for != self.sha256
 
     def _again(self, item: Applied, library: Library | None) -> Adapter:
         """The adapter of a record, wherever it lies now."""
@@ -507,9 +523,7 @@ class _Steps:
 
 def _backend_name(composition: Composition | None) -> str:
     """The backend that `auto` chose; no name where there is nothing to compose."""
-    if composition is None:
-        return ""
-    return next(name for name, kind in BACKENDS.items() if type(composition.backend) is kind)
+    return "" if composition is None else composition.backend_name
 
 
 def _seed(order: Order, index: int) -> int:
@@ -552,6 +566,11 @@ def _check_licence(use: Use, wanted: str | None) -> None:
             f"adapter '{use.card.name}' has licence '{use.card.licence}', which does not permit '{wanted}' use; "
             "leave it out, or leave --license out"
         )
+
+
+def _made_for(metadata: Mapping[str, str]) -> str:
+    """The SHA-256 of the base that a sparse adapter is bound to; empty for other adapters, or where it is not told."""
+    return metadata.get("compose.base_sha256", "") if SPARSE in metadata else ""
 
 
 def _applied(use: Use, adapter: Adapter, woven: Sequence[str]) -> Applied:

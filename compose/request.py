@@ -29,6 +29,7 @@ class Request:
     adapter to factors by site pattern. `image` and `mask` are files or
     `data:` URIs; with `strength` (0 to 1) the picture is redrawn from its noised self, without it a base that
     edits by instruction edits it. `batch` pictures are drawn together.
+    `force` takes sparse adapters that were made for other weights of the same shapes.
 
     Raises RequestError, in one line, for what cannot be carried out.
     """
@@ -57,6 +58,7 @@ class Request:
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loras", _picks(self.loras))
@@ -140,7 +142,7 @@ def _is_number(value: object) -> bool:
 
 _TEXTS = ("prompt", "negative_prompt", "base", "policy", "backend")
 _OPTIONAL_TEXTS = ("license", "image", "mask")
-_FLAGS = ("auto_retrieve", "triggers")
+_FLAGS = ("auto_retrieve", "triggers", "force")
 _WHOLE = {"k": (1, 64), "count": (1, MAX_COUNT), "batch": (1, 256)}
 _OPTIONAL_WHOLE = {"steps": (1, MAX_STEPS), "seed": (0, MAX_SEED), "width": (8, 8192), "height": (8, 8192)}
 _OPTIONAL_NUMBERS = {"guidance": (0.0, 100.0), "strength": (0.0, 1.0)}
