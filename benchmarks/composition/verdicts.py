@@ -1,0 +1,216 @@
+"""What the judge and CLIP say of each picture, kept line by line so that a run can be taken up where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import judge as judging
+from benchmarks.composition.studio import Drawn
+from benchmarks.composition.testbed import Case, Element
+from compose.retrieval.index import Encoder
+
+TOP = 5  # a concept is there when it is among the judge's first five, as in the rows two_objects and regions
+SIDE, WINDOW = 128, 64  # pixels of a whole picture and of a part, as the judge was trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One picture. `present`: element -> whether it is there; `similarity`: mean over the elements with references of
+    the best cosine to them, None without any; `clipscore`: 100 x cosine with the triggers; `error`: relative
+    difference from composite's picture of the same seed, None where there is none to compare with."""
+
+    variant: str
+    key: str
+    seed: int
+    prompt: str
+    present: dict[str, bool]
+    style: bool | None
+    similarity: float | None
+    clipscore: float
+    error: float | None
+    seconds: float
+    skipped: float
+    memory: float
+    chose: str = ""
+
+    @property
+    def size(self) -> int:
+        return len(self.present)
+
+    @property
+    def share(self) -> float:
+        """Share of the set's elements that are there."""
+        return sum(self.present.values()) / len(self.present)
+
+    @property
+    def all_right(self) -> bool:
+        return all(self.present.values())
+
+
+class Jury:
+    """The judge of benchmarks.judge and a CLIP. `judge`: pictures (n, 3, 128, 128) in [-1, 1] -> its verdict."""
+
+    def __init__(self, judge: Any, clip: Encoder, device: torch.device) -> None:
+        self._judge, self._clip, self._device = judge, clip, device
+        self._references: dict[str, np.ndarray] = {}
+
+    @torch.no_grad()
+    def judged(
+        self, variant: str, case: Case, seeds: Sequence[int], drawn: Drawn, composite: Tensor | None
+    ) -> list[Verdict]:
+        """One verdict per picture of `drawn`; `composite` holds composite's pictures of the same seeds."""
+        pictures = drawn.pictures.to(self._device)
+        present = {element.name: self._present(element, case, pictures) for element in case.elements}
+        looks = self._clip.image([to_pil(picture) for picture in drawn.pictures])
+        words = self._clip.text([", ".join(element.trigger for element in case.elements)])[0]
+        styles = [element.name for element in case.elements if element.category == "style"]
+        verdicts = []
+        for n, seed in enumerate(seeds):
+            here = {name: found[n] for name, found in present.items()}
+            verdicts.append(
+                Verdict(
+                    variant=variant,
+                    key=case.key,
+                    seed=seed,
+                    prompt=case.prompt,
+                    present=here,
+                    style=here[styles[0]] if styles else None,
+                    similarity=self._similarity(case, looks[n]),
+                    clipscore=100 * float(looks[n] @ words),
+                    error=None if composite is None else difference(drawn.pictures[n], composite[n]),
+                    seconds=drawn.seconds,
+                    skipped=drawn.skipped,
+                    memory=drawn.memory,
+                    chose=drawn.chose,
+                )
+            )
+        return verdicts
+
+    def _present(self, element: Element, case: Case, pictures: Tensor) -> list[bool]:
+        if element.category == "style":
+            wanted = judging.STYLE_CLASS.get(element.subject, element.subject)
+            return self._named(judging.STYLE_NAMES, wanted, [self._look(pictures).style])
+        if element.category == "background":
+            look = self._look(pictures)
+            return self._named(judging.GROUND_NAMES, element.subject, [look.top, look.bottom])
+        return self._seen(element, pictures, len(case.drawn))
+
+    def _named(self, names: Sequence[str], wanted: str, scores: Sequence[Tensor]) -> list[bool]:
+        """Whether every one of the judge's answers says `wanted`."""
+        if wanted not in names:
+            raise ValueError(f"the judge knows no '{wanted}'; it knows {', '.join(names)}")
+        right = torch.stack([score.argmax(-1) == names.index(wanted) for score in scores])
+        return right.all(0).tolist()
+
+    def _seen(self, element: Element, pictures: Tensor, count: int) -> list[bool]:
+        """Whether the concept is among the first of the whole picture, or of one of as many parts as things lie in it."""
+        place = int(self._judge.concept_rows([element.subject])[0])
+        looks = [self._look(view).concept for view in views(pictures, count)]
+        ranks = [(look > look[:, place : place + 1]).sum(-1) for look in looks]
+        return (torch.stack(ranks).amin(0) < TOP).tolist()
+
+    def _look(self, pictures: Tensor) -> Any:
+        return self._judge(_resized(pictures, SIDE) * 2 - 1)
+
+    def _similarity(self, case: Case, look: np.ndarray) -> float | None:
+        best = [float((self._of(element) @ look).max()) for element in case.elements if element.references]
+        return sum(best) / len(best) if best else None
+
+    def _of(self, element: Element) -> np.ndarray:
+        if element.name not in self._references:
+            pictures = [Image.open(path).convert("RGBA") for path in element.references]
+            self._references[element.name] = self._clip.image(pictures)
+        return self._references[element.name]
+
+
+def views(pictures: Tensor, count: int) -> list[Tensor]:
+    """The whole picture; with several things in it also as many windows from left to right, half as high and wide."""
+    if count < 2:
+        return [pictures]
+    whole = _resized(pictures, SIDE)
+    top = (SIDE - WINDOW) // 2
+    lefts = [round(n * (SIDE - WINDOW) / (count - 1)) for n in range(count)]
+    return [whole, *(whole[..., top : top + WINDOW, left : left + WINDOW] for left in lefts)]
+
+
+def _resized(pictures: Tensor, side: int) -> Tensor:
+    if pictures.shape[-2:] == (side, side):
+        return pictures
+    return F.interpolate(pictures, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+
+
+def difference(picture: Tensor, other: Tensor) -> float:
+    """Relative difference ||a - b|| / ||b|| of two pictures."""
+    return float((picture - other).norm() / other.norm().clamp(min=1e-9))
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """(3, height, width) in [0, 1] -> a PIL picture."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+class Book:
+    """A file of verdicts, one JSON object per line, under a first line that says what they hold for.
+
+    A file that holds for something else (other base, steps, judge) is set aside, not mixed in.
+    """
+
+    def __init__(self, path: Path, holds_for: dict[str, Any]) -> None:
+        self.path, self._head = path, json.dumps({"holds for": holds_for}, sort_keys=True)
+        self.verdicts: dict[tuple[str, str, int], Verdict] = {}
+        if path.exists() and not self._read():
+            path.replace(path.with_suffix(".old.jsonl"))
+
+    def _read(self) -> bool:
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        if not lines or lines[0] != self._head:
+            return False
+        for line in lines[1:]:
+            verdict = _parsed(line)
+            if verdict is not None:
+                self.verdicts[verdict.variant, verdict.key, verdict.seed] = verdict
+        self._rewrite()  # a line cut off by an interrupt would swallow the next one
+        return True
+
+    def _rewrite(self) -> None:
+        lines = [self._head, *(_line(verdict) for verdict in self.verdicts.values())]
+        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def has(self, variant: str, case: Case, seeds: Iterable[int]) -> bool:
+        return all((variant, case.key, seed) in self.verdicts for seed in seeds)
+
+    def add(self, verdicts: Sequence[Verdict]) -> None:
+        """Write them down at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        with self.path.open("a", encoding="utf-8") as file:
+            if new:
+                file.write(self._head + "\n")
+            for verdict in verdicts:
+                file.write(_line(verdict) + "\n")
+        self.verdicts |= {(each.variant, each.key, each.seed): each for each in verdicts}
+
+
+def _line(verdict: Verdict) -> str:
+    """Four digits are more than any of these numbers can bear."""
+    told = asdict(verdict).items()
+    return json.dumps(
+        {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in told}, ensure_ascii=False
+    )
+
+
+def _parsed(line: str) -> Verdict | None:
+    try:
+        return Verdict(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
