@@ -44,7 +44,7 @@ from compose.retrieval.index import Index
 from compose.retrieval.library import Library
 from compose.retrieval.select import select
 from compose.training import vae
-from compose.training.data import captions
+from compose.training.data import ARCHIVE, captions
 from compose.training.data.concepts import BASE_STYLES, COLOR_NAMES, PATTERNS
 from compose.training.data.pictures import STYLE
 from compose.training.data.scenes import Composer, Pictures, Sampler, Scene
@@ -681,9 +681,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rows", help="ids, comma-separated")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} pictures a row, nothing recorded")
-    parser.add_argument(
-        "--archive", type=Path, default=Path(".cache/pictures.zip"), help="from `compose data build`"
-    )
+    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="from `compose data build`")
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--clip", type=Path, default=CLIP)
     parser.add_argument("--adapters", type=Path, default=ADAPTERS)

@@ -10,23 +10,23 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from benchmarks.base import BATCH, Answer, Case, Studio, base_concepts, keep
+from benchmarks.base import Answer, Case, Studio, base_concepts, keep
 from benchmarks.results import RESULTS, Row
 from benchmarks.timing import where
 from compose.adapter import Adapter
-from compose.assets import ADAPTERS, BASE
+from compose.assets import ADAPTERS, BASE, CLIP
 from compose.engine import composed
 from compose.plan import Area, Policy
 from compose.policies import Merge, Regions
+from compose.training.data import ARCHIVE
 from compose.training.data.concepts import BASE_STYLES, COLOR_NAMES
 from compose.training.data.pictures import STYLE
 
 IDS = ("regions_gain_points", "regions_both_right", "merge_both_right")
-ARCHIVE = Path(".cache/pictures.zip")  # from `compose data build`
+
 WEIGHTS = (0.6, 0.7, 0.8, 0.9, 1.0)  # that plain merging is tried with
 PAIRS, COUNT, QUICK = 25, 1000, 4
 LEFT, RIGHT = Area(box=(0.0, 0.0, 0.5, 1.0)), Area(box=(0.5, 0.0, 1.0, 1.0))
@@ -43,7 +43,7 @@ class Pair:
 
 def measure(device: torch.device, quick: bool) -> Iterator[Row]:
     """Both halves right with regions, with merging at its best weight, and the gain."""
-    studio = Studio(ARCHIVE, BASE, ADAPTERS, device, BATCH if device.type == "cuda" else QUICK)
+    studio = Studio(ARCHIVE, BASE, CLIP, ADAPTERS, device)
     pairs = plan_pairs(studio.adapters["concept"], 1 if quick else PAIRS, QUICK if quick else COUNT)
     merged = {weight: draw_all(studio, pairs, f"merge@{weight:g}", weight) for weight in WEIGHTS}
     bound = draw_all(studio, pairs, "regions", None)

@@ -34,6 +34,7 @@ from transformers import (
 from compose.retrieval.clip import from_open_clip
 
 from . import clip, loop, tokenizer, vae
+from .data import ARCHIVE, PHRASES
 from .data.concepts import BASE_STYLES
 from .data.scenes import Captioned, Composer, Pictures, Sampler, Scene
 from .tokenizer import T5_LENGTH
@@ -512,10 +513,8 @@ def _set(path: Path, **values: object) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", choices=STAGES, required=True)
-    parser.add_argument(
-        "--archive", type=Path, default=Path(".cache/pictures.zip"), help="from `compose data build`"
-    )
-    parser.add_argument("--phrases", type=Path, default=Path(".cache/phrases.safetensors"))
+    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="from `compose data build`")
+    parser.add_argument("--phrases", type=Path, default=PHRASES)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for checkpoints and results; stages resume from it"
     )

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # From artwork to assets/: the picture set, the judge, and every stage of the bundled base, on one machine with GPUs.
 #   training/reproduce.sh [STAGE ...]        stages: data judge vae clip base pack adapters shelf (all, in this order)
-# GPUS (default: all) processes work together. Each stage goes on from what lies in OUT (default .cache/base).
+# GPUS (default: all) processes work together. Each stage goes on from what lies in OUT (default ~/.cache/lora-compose/base).
 # Run it from the repository's root.
 set -euo pipefail
-OUT=${OUT:-.cache/base} ARCHIVE=${ARCHIVE:-.cache/pictures.zip} PHRASES=${PHRASES:-.cache/phrases.safetensors} ASSETS=${ASSETS:-assets}
+HOLD=${XDG_CACHE_HOME:-$HOME/.cache}/lora-compose
+OUT=${OUT:-$HOLD/base} ARCHIVE=${ARCHIVE:-$HOLD/data/pictures.zip} PHRASES=${PHRASES:-$HOLD/data/phrases.safetensors} ASSETS=${ASSETS:-assets}
 PYTHON=${PYTHON:-.venv/bin/python} GPUS=${GPUS:-$(nvidia-smi -L | wc -l)}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 mkdir -p "$OUT"

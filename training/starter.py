@@ -21,7 +21,7 @@ from compose.assets import ADAPTERS, BASE
 from compose.bases import BUNDLED
 from compose.digest import folder_digest
 
-from .data import captions
+from .data import ARCHIVE, captions
 from .data.captions import Ground
 from .data.concepts import BASE_STYLES, PATTERNS, Concept, load_concepts
 from .data.pictures import STYLE
@@ -222,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--archive", type=Path, default=Path(".cache/pictures.zip"))
+    parser.add_argument("--archive", type=Path, default=ARCHIVE)
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--out", type=Path, default=ADAPTERS)
     parser.add_argument("--only", help="names, comma-separated")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-OUT = Path(".cache/pictures.zip")
-PHRASES = Path(".cache/phrases.safetensors")
+from compose.training.data import ARCHIVE, CACHE, PHRASES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=OUT, help="the picture archive (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/npm"), help="where npm puts the packages")
+    parser.add_argument(
+        "--out", type=Path, default=ARCHIVE, help="the picture archive (default: %(default)s)"
+    )
+    parser.add_argument("--cache", type=Path, default=CACHE / "npm", help="where npm puts the packages")
+    parser.add_argument("--force", action="store_true", help="build anew what is there already")
     parser.add_argument(
         "--phrases",
         type=Path,
@@ -27,13 +29,15 @@ def run(args: argparse.Namespace) -> int:
     from compose.retrieval import dictionary
     from compose.training.data import phrases, pictures
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    found = pictures.build(args.out, args.cache)
-    print(f"{args.out}: {sum(found.values())} pictures")
-    for name, count in found.items():
+    if args.force or not args.out.exists():
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        pictures.build(args.out, args.cache)
+    for name, count in pictures.counts(args.out).items():
         style = pictures.STYLE[name]
-        print(f"  {name:16} {count:5}  {style.licence:11} {style.package} {style.version}")
-    if args.phrases is not None:
-        print(f"{args.phrases}: {phrases.build(args.phrases, args.cache)} phrases")
-        print(f"{dictionary.FILE}: {phrases.write_dictionary(dictionary.FILE, args.cache)} nouns")
+        print(f"{name:16} {count:5}  {style.licence:11} {style.package} {style.version}")
+    print(args.out)
+    if args.phrases is not None and (args.force or not args.phrases.exists()):
+        print(
+            f"{phrases.build(args.phrases, args.cache)} phrases, {phrases.write_dictionary(dictionary.FILE, args.cache)} nouns"
+        )
     return 0

@@ -275,4 +275,11 @@ def build(out: Path, cache: Path) -> dict[str, int]:
             }
         archive.writestr("index.json", json.dumps(index))
     partial.replace(out)
-    return {style.name: sum(p["style"] == style.name for p in index["pictures"]) for style in STYLES}
+    return counts(out)
+
+
+def counts(archive: Path) -> dict[str, int]:
+    """The number of pictures of each style in an archive."""
+    with zipfile.ZipFile(archive) as file:
+        pictures = json.loads(file.read("index.json"))["pictures"]
+    return {style.name: sum(p["style"] == style.name for p in pictures) for style in STYLES}
