@@ -44,6 +44,7 @@ class FusedFoldBackend(FoldBackend):
         self._served_names = [name for name in self._kept if self._served(name)]
         self._columns = [column for name in self._served_names for column in self._ranks(name)]
         self._table = torch.zeros(sum(rank for *_, rank in self._columns), device=self.job.device)
+        self._repeats = torch.tensor([rank for *_, rank in self._columns], device=self.job.device)
         self._addresses = self._places()
         sites, at = [], 0
         for name in self._served_names:
@@ -88,10 +89,11 @@ class FusedFoldBackend(FoldBackend):
         weights = {adapter: site_weights(weight, names) for adapter, weight in mix.weights.items()}
         gains = [
             gain * weights[adapter][site] if adapter in weights else 0.0
-            for site, adapter, gain, rank in self._columns
-            for _ in range(rank)
+            for site, adapter, gain, _ in self._columns
         ]
-        self._table.copy_(torch.tensor(gains))
+        each = torch.tensor(gains, device=self._table.device)
+        size = self._table.numel()  # said, so that the device need not be asked
+        self._table.copy_(torch.repeat_interleave(each, self._repeats, output_size=size))
         for folder in self._folders:
             folder.fold()
         served = set(self._served_names)
