@@ -29,17 +29,15 @@ EMPTY: dict[str, Any] = {
 MOST = 24  # adapters on one board
 
 
-class Board(gr.HTML):
+def component(**more: Any) -> gr.HTML:
     """Shows and edits what `EMPTY` sketches; every edit writes the whole value back."""
-
-    def __init__(self, **more: Any) -> None:
-        super().__init__(
-            value=EMPTY,
-            html_template='<div class="board" role="group" aria-label="adapters"></div>',
-            js_on_load=(_HERE / "board.js").read_text("utf-8"),
-            apply_default_css=False,
-            **more,
-        )
+    return gr.HTML(
+        value=EMPTY,
+        html_template='<div class="board" role="group" aria-label="adapters"></div>',
+        js_on_load=(_HERE / "board.js").read_text("utf-8"),
+        apply_default_css=False,
+        **more,
+    )
 
 
 def pick_of(

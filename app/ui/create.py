@@ -19,7 +19,7 @@ from compose.app.server.workshop import Workshop
 from compose.app.ui import board as boards
 from compose.app.ui import stage as stages
 from compose.app.ui.session import owner_of
-from compose.errors import ComposeError, LibraryError
+from compose.errors import ComposeError, LibraryError, RequestError
 from compose.policies import POLICIES
 from compose.prompt import take_tags
 from compose.record import Record, read_png
@@ -52,7 +52,8 @@ class Create:
     workshop: Workshop
     memory: gr.BrowserState
     form: dict[str, gr.components.Component]
-    board: boards.Board
+    board: gr.HTML
+    add: gr.Dropdown
     stage: gr.HTML
     gallery: gr.Gallery
     places: gr.State
@@ -77,7 +78,7 @@ def build(workshop: Workshop, memory: gr.BrowserState) -> Create:
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             form = _words(workshop, names)
-            board = boards.Board(elem_id="board")
+            board = boards.component(elem_id="board")
             with gr.Row():
                 find = gr.Button("Find adapters", elem_id="find")
                 add = gr.Dropdown(names, value=None, label="Add an adapter", elem_id="add", scale=2)
@@ -93,8 +94,10 @@ def build(workshop: Workshop, memory: gr.BrowserState) -> Create:
             with gr.Row():
                 back = gr.Button("Send back settings", elem_id="back")
                 use = gr.Button("Use as start", elem_id="use")
-    made = Create(workshop, memory, form, board, stage, gallery, gr.State([]), gr.State(None), start, mask)
-    _wire(made, find, add, go, cancel, back, use)
+    made = Create(
+        workshop, memory, form, board, add, stage, gallery, gr.State([]), gr.State(None), start, mask
+    )
+    _wire(made, find, go, cancel, back, use)
     return made
 
 
@@ -115,11 +118,11 @@ def _settings(workshop: Workshop) -> dict[str, Any]:
             policy = gr.Dropdown(policies, value="merge", label="Policy", elem_id="policy")
             backend = gr.Dropdown(list(BACKENDS), value="auto", label="Backend")
         with gr.Row():
-            steps = gr.Number(None, label="Steps (empty: the base's)", precision=0, elem_id="steps")
-            guidance = gr.Number(None, label="Guidance (empty: the base's)")
-            size = gr.Textbox("auto", label="Size", elem_id="size")
+            steps = gr.Textbox("", label="Steps", placeholder="the base's own", elem_id="steps")
+            guidance = gr.Textbox("", label="Guidance", placeholder="the base's own", elem_id="guidance")
+            size = gr.Textbox("", label="Size", placeholder="the base's own, or 128x128", elem_id="size")
         with gr.Row():
-            seed = gr.Number(None, label="Seed (empty: random)", precision=0, elem_id="seed")
+            seed = gr.Textbox("", label="Seed", placeholder="random", elem_id="seed")
             count = gr.Slider(1, workshop.bounds.count, 1, step=1, label="Pictures", elem_id="count")
         negative = gr.Textbox(label="Negative prompt", max_length=5000)
     return {
@@ -139,13 +142,7 @@ def _pictures(form: dict[str, Any]) -> tuple[gr.Image, gr.Image]:
 
 
 def _wire(
-    made: Create,
-    find: gr.Button,
-    add: gr.Dropdown,
-    go: gr.Button,
-    cancel: gr.Button,
-    back: gr.Button,
-    use: gr.Button,
+    made: Create, find: gr.Button, go: gr.Button, cancel: gr.Button, back: gr.Button, use: gr.Button
 ) -> None:
     shop = made.workshop
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -193,7 +190,7 @@ def _wire(
         except LibraryError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    add.input(put, [add, made.board], [made.board, add], **quiet)
+    made.add.input(put, [made.add, made.board], [made.board, made.add], **quiet)
     chosen = gr.State(0)
 
     def choose(event: gr.SelectData) -> int:
@@ -253,14 +250,21 @@ def request_of(shop: Workshop, values: tuple[Any, ...]) -> Request:
     return Request(
         prompt=form["prompt"] or "", negative_prompt=form["negative"] or "", base=form["base"], loras=named or None,
         auto_retrieve=bool(form["auto"]) and not named, k=int(form["k"]),
-        policy="regions" if regions else form["policy"], regions=regions, backend=form["backend"], steps=_whole(form["steps"]),
-        seed=_whole(form["seed"]), guidance=form["guidance"], width=width, height=height, count=int(form["count"]),
+        policy="regions" if regions else form["policy"], regions=regions, backend=form["backend"], steps=_number("steps", form["steps"], int),
+        seed=_number("seed", form["seed"], int), guidance=_number("guidance", form["guidance"], float), width=width, height=height, count=int(form["count"]),
         image=_uri(shop, start), mask=_uri(shop, mask), strength=(form["strength"] or None) if start else None,
     )  # fmt: skip
 
 
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
+def _number(name: str, text: str | None, kind: type) -> Any:
+    """A field's number; None where it is empty. Raises RequestError."""
+    if not (text or "").strip():
+        return None
+    try:
+        return kind(str(text).strip())
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise RequestError(f"{name} is '{str(text)[:40]}'; give {what}, or leave it empty") from None
 
 
 def _uri(shop: Workshop, path: str | None) -> str | None:
@@ -361,8 +365,8 @@ def form_of(shop: Workshop, record: Record) -> list[Any]:
         "prompt": request.text, "negative": request.negative_prompt, "auto": False, "k": request.k,
         "base": request.base if request.base in shop.bases else shop.bases[0],
         "policy": request.policy if request.policy != "regions" else "merge", "backend": request.backend,
-        "steps": request.steps, "guidance": request.guidance, "size": f"{request.width}x{request.height}",
-        "seed": record.seed, "count": 1, "strength": request.strength or 0,
+        "steps": _text(request.steps), "guidance": _text(request.guidance), "size": f"{request.width}x{request.height}",
+        "seed": _text(record.seed), "count": 1, "strength": request.strength or 0,
     }  # fmt: skip
     cards = {card.name.lower(): card for card in shop.library.cards()}
     picks = [
@@ -377,3 +381,7 @@ def form_of(shop: Workshop, record: Record) -> list[Any]:
         if item.name.lower() in cards
     ]
     return [*(values[name] for name in FIELDS), boards.EMPTY | {"picks": picks, "open": bool(picks)}]
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from compose import __version__
 from compose.app.server.workshop import Workshop
-from compose.app.ui import create
+from compose.app.ui import compare, create, info, shelf, trainer
 from compose.app.ui import stage as stages
 from compose.app.ui.session import greeted, memory, owner_of
 
@@ -50,9 +50,25 @@ def page(workshop: Workshop) -> gr.Blocks:
     ) as blocks:
         kept = memory(workshop)
         gr.HTML(f'<div class="studio-title"><h1>lora-compose</h1><span>finds LoRAs, composes them, shows why · {__version__}</span></div>')  # fmt: skip
-        with gr.Tabs(), gr.Tab("Create", id="create"):
-            made = create.build(workshop, kept)
+        with gr.Tabs():
+            with gr.Tab("Create", id="create"):
+                made = create.build(workshop, kept)
+            with gr.Tab("Compare", id="compare"):
+                compare.build(workshop, made)
+            with gr.Tab("Library", id="library"):
+                listing = shelf.build(workshop, made)
+            with gr.Tab("Train", id="train"):
+                trainer.build(workshop, made)
+            with gr.Tab("Picture info", id="info"):
+                info.build(workshop, made)
         _greet(blocks, workshop, made)
+        blocks.load(
+            lambda: shelf.listed(workshop.library.cards()),
+            None,
+            listing,
+            show_progress="hidden",
+            api_visibility="private",
+        )
     return blocks
 
 

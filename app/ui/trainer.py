@@ -1,0 +1,252 @@
+"""The Train tab: a form over `compose train lora`, run as a process of its own, watched, stopped and resumed."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import anyio
+import gradio as gr
+from starlette.concurrency import run_in_threadpool
+
+from compose.app.server import uploads
+from compose.app.server.orders import FORMATS, check_picture
+from compose.app.server.workshop import Workshop
+from compose.app.ui import create
+from compose.app.ui import stage as stages
+from compose.app.ui.shelf import told
+from compose.errors import ComposeError, TrainingError
+
+_BAR = re.compile(r"training:.*?(\d+)/(\d+) \[.*?(?:loss=([0-9.]+))?\]")
+MOST_PICTURES = 200
+
+
+@dataclass(slots=True)
+class Run:
+    """One training process: its folder, what it said last, and its losses so far as (step, loss)."""
+
+    name: str
+    folder: Path
+    command: list[str]
+    process: subprocess.Popen[str] | None = None
+    step: int = 0
+    total: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "adapter.safetensors"
+
+    @property
+    def going(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def start(self, resume: bool) -> None:
+        """Begin, or go on from the checkpoint."""
+        command = [*self.command, *(["--resume"] if resume else [])]
+        self.said.clear()
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+        )  # fmt: skip
+        threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        text = ""
+        while part := process.stdout.read(1):  # the bar rewrites its line with \r
+            if part not in "\r\n":
+                text += part
+                continue
+            self.hear(text)
+            text = ""
+
+    def hear(self, line: str) -> None:
+        """Take in one line of the process."""
+        bar = _BAR.search(line)
+        if bar is None:
+            self.said = [*self.said, line.strip()][-8:] if line.strip() else self.said
+            return
+        self.step, self.total = int(bar[1]), int(bar[2])
+        if bar[3] and (not self.losses or self.losses[-1][0] != self.step):
+            self.losses.append((self.step, float(bar[3])))
+
+    def stop(self) -> None:
+        """Ask it to save and end."""
+        if self.going and self.process is not None:
+            self.process.send_signal(signal.SIGINT)
+
+
+class Runs:
+    """The one training run of this server; a second is refused while it goes on."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self.workshop, self.run = workshop, None
+        self._guard = threading.Lock()
+
+    def begin(self, values: dict[str, Any]) -> Run:
+        """Check the form, copy the pictures, and start. Raises ComposeError."""
+        with self._guard:
+            if self.run is not None and self.run.going:
+                raise TrainingError("a training run is going on; stop it first")
+            folder = self.workshop.library.folder / "training" / secrets.token_hex(6)
+            pictures = _pictures(values["pictures"] or (), self.workshop)
+            if not (values["trigger"] or "").strip():
+                raise TrainingError("give a trigger: the word or phrase that will call the adapter")
+            (folder / "pictures").mkdir(parents=True)
+            for path, name in pictures:
+                shutil.copyfile(path, folder / "pictures" / name)
+            self.run = Run(values["trigger"].strip(), folder, command(values, folder))
+            self.run.start(resume=False)
+            return self.run
+
+    def resume(self) -> Run:
+        """Go on where the last run was stopped. Raises TrainingError."""
+        with self._guard:
+            if self.run is None or self.run.going:
+                raise TrainingError("there is no stopped run to resume")
+            self.run.start(resume=True)
+            return self.run
+
+
+def _pictures(paths: Sequence[str], shop: Workshop) -> list[tuple[str, str]]:
+    """(path, clean name) of what was uploaded. Captions are text files of the pictures' names."""
+    if not paths or len(paths) > MOST_PICTURES:
+        raise TrainingError(f"give 1 to {MOST_PICTURES} pictures (captions: text files of the same names)")
+    found = []
+    for path in paths:
+        suffix = Path(path).suffix.lower()
+        if suffix not in (".png", ".jpg", ".jpeg", ".webp", ".txt"):
+            raise TrainingError(
+                f"'{Path(path).name[:60]}' is no {', '.join(FORMATS)} picture and no caption (.txt)"
+            )
+        if suffix != ".txt":
+            check_picture(Path(path).read_bytes(), f"picture '{Path(path).name[:60]}'", shop.bounds)
+        found.append((path, re.sub(r"[^\w-]+", "-", Path(path).stem)[:60] + suffix))
+    return found
+
+
+def command(values: dict[str, Any], folder: Path) -> list[str]:
+    """The command line that the form spells."""
+    line = [sys.executable, "-m", "compose.app.cli", "train", "lora"]
+    line += ["--images", str(folder / "pictures"), "--out", str(folder / "adapter.safetensors")]
+    line += [f"--trigger={values['trigger'].strip()}", f"--base={values['base']}"]
+    for name in ("rank", "steps"):
+        line.append(f"--{name}={int(values[name])}")
+    for name in ("description", "licence", "role"):
+        if (values[name] or "").strip():
+            line.append(f"--{name}={values[name].strip()}")
+    if (values["validate"] or "").strip():
+        every = max(1, int(values["steps"]) // 5)
+        line += [f"--validate-prompt={values['validate'].strip()}", f"--validate-every={every}"]
+    return line
+
+
+def build(workshop: Workshop, made: create.Create) -> None:
+    """Lay the tab out and wire it."""
+    runs = Runs(workshop)
+    with gr.Row():
+        with gr.Column(min_width=320):
+            pictures = gr.File(label="Pictures (and captions: name.txt)", file_count="multiple", file_types=["image", ".txt"], height=160, elem_id="train-pictures")  # fmt: skip
+            trigger = gr.Textbox(
+                label="Trigger", placeholder="the word or phrase that will call it", elem_id="trigger"
+            )
+            with gr.Row():
+                steps = gr.Slider(1, 4000, 400, step=1, label="Steps", elem_id="train-steps")
+                rank = gr.Slider(1, 64, 4, step=1, label="Rank")
+            with gr.Row():
+                base = gr.Dropdown(list(workshop.bases), value=workshop.bases[0], label="Base")
+                role = gr.Dropdown(["style", "concept", "character", "clothing", "background", "pose", "detail", "other"], value="concept", label="Role")  # fmt: skip
+            description = gr.Textbox(label="Description")
+            licence = gr.Textbox(label="Licence", placeholder="cc-by-4.0")
+            validate = gr.Textbox(label="Sample prompt (drawn five times on the way)")
+            with gr.Row():
+                go = gr.Button("Train", variant="primary", elem_id="train")
+                stop = gr.Button("Stop", variant="stop", elem_id="train-stop")
+                resume = gr.Button("Resume", elem_id="train-resume")
+        with gr.Column(min_width=320):
+            watch = gr.HTML(
+                '<div class="stage"><p>Loss and samples appear here.</p></div>', elem_id="train-watch"
+            )
+            samples = gr.Gallery(
+                label="Samples", columns=3, height="auto", interactive=False, elem_id="samples"
+            )
+    names = ("pictures", "trigger", "steps", "rank", "base", "role", "description", "licence", "validate")
+    inputs = [pictures, trigger, steps, rank, base, role, description, licence, validate]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    async def train(*values: Any) -> AsyncIterator[list[Any]]:
+        async for update in _watched(runs, dict(zip(names, values, strict=True))):
+            yield update
+
+    async def go_on() -> AsyncIterator[list[Any]]:
+        async for update in _watched(runs, None):
+            yield update
+
+    go.click(train, inputs, [watch, samples], concurrency_limit=8, **quiet)
+    resume.click(go_on, None, [watch, samples], concurrency_limit=8, **quiet)
+    stop.click(lambda: runs.run and runs.run.stop(), None, None, queue=False, **quiet)
+
+
+async def _watched(runs: Runs, values: dict[str, Any] | None) -> AsyncIterator[list[Any]]:
+    """Start (or resume) and tell how it goes: loss curve and samples."""
+    try:
+        run = (
+            await run_in_threadpool(runs.begin, values)
+            if values is not None
+            else await run_in_threadpool(runs.resume)
+        )
+    except ComposeError as error:
+        yield [stages.fault(str(error)), gr.skip()]
+        return
+    while run.going:
+        yield [curve(run), _samples(run)]
+        await anyio.sleep(0.5)
+    yield [await run_in_threadpool(_ended, runs.workshop, run), _samples(run)]
+
+
+def _ended(shop: Workshop, run: Run) -> str:
+    """The last word: the adapter is in the library, or why not."""
+    code = run.process.returncode if run.process else 1
+    if code == 0 and run.out.exists():
+        try:
+            with run.out.open("rb") as file:
+                return curve(run, told(uploads.take(shop.library, file, f"{run.name}.safetensors")))
+        except ComposeError as error:
+            return curve(run, f'<p class="fault" role="alert">{escape(str(error))}</p>')
+    said = (
+        "Stopped and saved; Resume goes on."
+        if code == 130
+        else next(iter(run.said[-1:]), f"ended with {code}")
+    )
+    return curve(run, f'<p class="{"" if code == 130 else "fault"}" role="alert">{escape(said)}</p>')
+
+
+def _samples(run: Run) -> list[str]:
+    return [
+        str(path) for path in sorted(run.folder.glob("adapter*.png"), key=lambda path: path.stat().st_mtime)
+    ]
+
+
+def curve(run: Run, below: str = "") -> str:
+    """The losses as a line, and how far the run is."""
+    top = max((loss for _, loss in run.losses), default=1.0) or 1.0
+    points = " ".join(
+        f"{step / max(1, run.total) * 100:.2f},{38 - loss / top * 36:.2f}" for step, loss in run.losses
+    )
+    line = f'<svg class="lossline" viewBox="0 0 100 40" preserveAspectRatio="none" role="img" aria-label="loss"><polyline points="{points}"/></svg>'
+    loss = f", loss {run.losses[-1][1]:.4f}" if run.losses else ""
+    told = (
+        f"step {run.step} of {run.total}{loss}" if run.total else (run.said[-1] if run.said else "starting …")
+    )
+    return f'<div class="stage" data-state="{"running" if run.going else "ended"}">{line}<p>{escape(told)}</p>{below}</div>'
