@@ -12,7 +12,9 @@ from pathlib import Path
 
 from compose.assets import ROOT
 
-FILE = ROOT / "dictionary.tsv.xz"  # noun TAB definition|synonyms TAB ..., at most two senses, the commonest first
+FILE = (
+    ROOT / "dictionary.tsv.xz"
+)  # noun TAB definition|synonyms TAB ..., at most two senses, the commonest first
 
 
 def meanings(word: str, file: Path = FILE) -> tuple[str, ...]:
