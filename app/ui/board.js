@@ -17,7 +17,6 @@ const colour = index => COLOURS[index % COLOURS.length];
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const round = value => Math.round(value * 1000) / 1000;
 const steps = () => Math.max(1, state.steps || 20);
-const percent = value => `${Math.round(value * 100)} %`;
 
 function commit(redraw = true) {
   written = JSON.stringify(state);
@@ -75,7 +74,7 @@ function lane(pick, index) {
       const at = n ? pick.stop : pick.start;
       handle.setAttribute('x', clamp(at * width - 7, 0, width - 14)); handle.setAttribute('aria-valuenow', Math.round(at * 100));
     });
-    words.textContent = `${pick.weight.toFixed(2)} from ${percent(pick.start)} to ${percent(pick.stop)}`;
+    words.textContent = `${pick.weight.toFixed(2)} at ${Math.round(pick.start * 100)}–${Math.round(pick.stop * 100)} %`;
   };
   const move = (edge, to) => {
     const least = 1 / steps();
@@ -252,8 +251,17 @@ function take() {
   const given = JSON.stringify(props.value || {picks: []});
   const empty = !element.querySelector('.board')?.children.length;
   if (given === written && !empty) return;
-  state = JSON.parse(given);
-  state.picks = state.picks || [];
+  const next = JSON.parse(given);
+  next.picks = next.picks || [];
+  if (next.merge) { // a job's news: what was edited while it ran stays
+    const mine = new Map(state.picks.map(pick => [pick.name, pick]));
+    const theirs = new Set(next.picks.map(pick => pick.name));
+    next.picks = [...next.picks.map(pick => mine.get(pick.name) || pick), ...state.picks.filter(pick => !theirs.has(pick.name))];
+    next.merge = false;
+    state = next;
+    return commit();
+  }
+  state = next;
   written = given;
   render();
 }

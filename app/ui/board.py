@@ -103,20 +103,30 @@ def used(board: Mapping[str, Any] | None) -> tuple[tuple[Pick, ...], dict[str, s
     return chosen, {pick["name"]: str(pick["region"]) for pick in on if pick.get("region")}
 
 
+_EDITS = ("weight", "on", "pinned", "start", "stop", "region")
+
+
 def with_picks(
     board: Mapping[str, Any] | None, new: Sequence[dict[str, Any]], keep_all: bool
 ) -> dict[str, Any]:
-    """The board with more picks: the pinned ones (or all) stay, a name stands once. Raises RequestError."""
-    kept = [pick for pick in picks(board) if keep_all or pick.get("pinned")]
+    """The board with more picks: the pinned ones (or all) stay, a name stands once, and what was edited of a card
+    stays edited when it is found again. Raises RequestError."""
+    before = {pick["name"]: pick for pick in picks(board)}
+    kept = [pick for pick in before.values() if keep_all or pick.get("pinned")]
     names = {pick["name"] for pick in kept}
-    joined = kept + [pick for pick in new if pick["name"] not in names]
-    return dict(board or EMPTY) | {"picks": joined[:MOST], "plan": [], "done": 0}
+    joined = kept + [pick | _edits(before.get(pick["name"])) for pick in new if pick["name"] not in names]
+    return dict(board or EMPTY) | {"picks": joined[:MOST], "plan": [], "done": 0, "merge": False}
+
+
+def _edits(pick: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {} if pick is None else {name: pick[name] for name in _EDITS if name in pick}
 
 
 def after_facts(
     board: Mapping[str, Any] | None, facts: Mapping[str, Any], done: int, cards: Mapping[str, Card]
 ) -> dict[str, Any]:
-    """The board with what a job told: adapters it found (or that tags named), its plan, and how far it is."""
+    """The board with what a job told: adapters it found (or that tags named), its plan, and how far it is. The page
+    merges it into what was edited meanwhile."""
     width, height = facts.get("size") or (1, 1)
     there = {pick["name"] for pick in picks(board)}
     new = [
@@ -130,4 +140,5 @@ def after_facts(
         "steps": facts.get("steps", 20),
         "done": done,
         "aspect": width / max(1, height),
+        "merge": True,
     }

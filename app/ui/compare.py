@@ -86,7 +86,14 @@ def build(workshop: Workshop, made: create.Create) -> None:
         go = gr.Button("Compare", variant="primary", elem_id="compare")
         stop = gr.Button("Cancel", variant="stop", elem_id="compare-cancel")
     stage = gr.HTML(stages.IDLE, elem_id="compare-stage")
-    grid = gr.Image(label="Grid", type="filepath", format="png", interactive=False, elem_id="grid")
+    grid = gr.Image(
+        label="Grid",
+        type="filepath",
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_id="grid",
+    )
     table = gr.File(label="CSV", elem_id="grid-csv", interactive=False)
     current = gr.State([])
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -154,7 +161,7 @@ async def compared(
         return
     labels = ([f"{x}: {name}" for name in columns], [f"{y}: {name}" if name else "" for name in rows])
     picture, table = await run_in_threadpool(_written, shop, jobs, labels)
-    said = stages.fault(failed) if failed else '<div class="stage"><p>Done.</p></div>'
+    said = stages.fault(failed) if failed else ""
     yield [said, picture, table, []]
 
 

@@ -90,7 +90,7 @@ def build(workshop: Workshop, memory: gr.BrowserState) -> Create:
                 go = gr.Button("Create", variant="primary", elem_id="go")
                 cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", interactive=False)
             stage = gr.HTML(stages.IDLE, elem_id="stage")
-            gallery = gr.Gallery(label="Your pictures", columns=4, height="auto", object_fit="contain", elem_id="gallery", interactive=False, buttons=["download", "fullscreen"])  # fmt: skip
+            gallery = gr.Gallery(label="Your pictures", columns=4, height="auto", object_fit="contain", fit_columns=False, elem_id="gallery", interactive=False, buttons=["download", "fullscreen"])  # fmt: skip
             with gr.Row():
                 back = gr.Button("Send back settings", elem_id="back")
                 use = gr.Button("Use as start", elem_id="use")
@@ -362,7 +362,7 @@ def form_of(shop: Workshop, record: Record) -> list[Any]:
     """Form and board as they were for a picture, its seed included; in the order of `Create.filled`."""
     request = record.request
     values = {
-        "prompt": request.text, "negative": request.negative_prompt, "auto": False, "k": request.k,
+        "prompt": request.text if record.adapters else request.prompt, "negative": request.negative_prompt, "auto": False, "k": request.k,
         "base": request.base if request.base in shop.bases else shop.bases[0],
         "policy": request.policy if request.policy != "regions" else "merge", "backend": request.backend,
         "steps": _text(request.steps), "guidance": _text(request.guidance), "size": f"{request.width}x{request.height}",

@@ -39,7 +39,7 @@ def build(workshop: Workshop, made: create.Create) -> list[Any]:
                     scale=3,
                 )
                 picture = gr.Image(label="or by a picture", type="filepath", height=120, sources=["upload", "clipboard"], elem_id="search-picture")  # fmt: skip
-            gallery = gr.Gallery(label="Adapters", columns=5, height="auto", object_fit="cover", allow_preview=False, elem_id="shelf", interactive=False, buttons=[])  # fmt: skip
+            gallery = gr.Gallery(label="Adapters", columns=5, height="auto", object_fit="cover", fit_columns=False, allow_preview=False, elem_id="shelf", interactive=False, buttons=[])  # fmt: skip
             with gr.Row():
                 drop = gr.File(label="Import: drop .safetensors here", file_types=[".safetensors"], file_count="multiple", height=120, elem_id="import")  # fmt: skip
                 report = gr.HTML('<div class="report"></div>', elem_id="report")

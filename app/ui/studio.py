@@ -46,7 +46,7 @@ def theme() -> gr.themes.Base:
 def page(workshop: Workshop) -> gr.Blocks:
     """The studio over a workshop."""
     with gr.Blocks(
-        title="lora-compose studio", analytics_enabled=False, delete_cache=(3600, 24 * 3600)
+        title="lora-compose studio", analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)
     ) as blocks:
         kept = memory(workshop)
         gr.HTML(f'<div class="studio-title"><h1>lora-compose</h1><span>finds LoRAs, composes them, shows why · {__version__}</span></div>')  # fmt: skip
