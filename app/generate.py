@@ -67,7 +67,9 @@ def _adapter_arguments(group: argparse._ArgumentGroup) -> None:
         "--no-triggers", action="store_true", help="do not weave the adapters' trigger words into the prompt"
     )
     group.add_argument(
-        "--force", action="store_true", help="take sparse adapters made for other weights, if their shapes fit"
+        "--force",
+        action="store_true",
+        help="take sparse adapters made for other weights, if their shapes fit",
     )
     group.add_argument("--policy", default="merge", metavar="NAME[:KEY=VALUE,...]", help="how adapters share the steps: merge, switch, composite, ... (default: merge)")  # fmt: skip
     group.add_argument("--region", action="append", default=[], metavar="NAME=X0,Y0,X1,Y1|MASK", help="bind an adapter to a part of the picture")  # fmt: skip

@@ -98,7 +98,9 @@ def test_a_fine_tuned_model_becomes_sparse(base, tmp_path, capsys):
     assert "left out: 1 biases" in capsys.readouterr().out
     made = load(out, strict=True)
     assert set(made.deltas) == {"transformer.transformer_blocks.0.attn.to_q"}
-    assert made.metadata["compose.family"] == "compose-mini" and len(made.metadata["compose.base_sha256"]) == 64
+    assert (
+        made.metadata["compose.family"] == "compose-mini" and len(made.metadata["compose.base_sha256"]) == 64
+    )
 
 
 def test_shira_options_belong_to_shira(lora, tmp_path, capsys):
