@@ -17,6 +17,9 @@ demo: $(STAMP)  ## one composed picture, adapters found for PROMPT
 	$(BIN)/compose generate --prompt "$(PROMPT)" --auto-retrieve --out demo.png
 	@echo "demo.png"
 
+demo-ui: $(STAMP)  ## the studio in the browser, on this machine only
+	$(BIN)/compose ui
+
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest
 

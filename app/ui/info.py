@@ -138,6 +138,7 @@ def record_of(shop: Workshop, path: str | None) -> Record:
     prompt, negative, settings = parse_parameters(found["parameters"])
     names = {card.name.lower() for card in shop.library.cards()}
     kept = _TAG.sub(lambda tag: tag[0] if tag[0][6:-1].split(":")[0].lower() in names else "", prompt)
+    kept = re.sub(r"[ \t]{2,}", " ", kept)
     width, _, height = settings.get("Size", "").partition("x")
     request = Request(
         prompt=kept.strip() or "picture", negative_prompt=negative, base=shop.bases[0],
