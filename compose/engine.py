@@ -18,6 +18,7 @@ from compose import rows as call_rows
 from compose.adapter import Adapter
 from compose.backends import BACKENDS, Backend, Budget, Gate, Job, Spread, choose
 from compose.backends.base import check_adapters, refuse_loaded, touched
+from compose.cache import Slot
 from compose.clock import Clock
 from compose.errors import BackendError, ComposeError, RequestError, unknown
 from compose.geometry import Geometry
@@ -40,11 +41,16 @@ class FeatureCache(Protocol):
 
     `branch` surrounds one denoiser pass and gets two values for each of its rows: the slot (branch, ordinal of the call
     within its step, row) and the state, which changes with all that the features depend on: mix, gate, areas, text,
-    adapters, picture. `reuse` asks for kept features; `clear` frees them.
+    adapters, picture. `reuse` asks for kept features, `time` grows with each scheduler step; `clear` frees them.
     """
 
     def branch(
-        self, denoiser: nn.Module, slots: Sequence[Hashable], states: Sequence[Hashable], reuse: bool
+        self,
+        denoiser: nn.Module,
+        slots: Sequence[Slot],
+        states: Sequence[Hashable],
+        reuse: bool,
+        time: int,
     ) -> AbstractContextManager[None]: ...
 
     def clear(self) -> None: ...
@@ -208,6 +214,7 @@ class Composition:
         self._check_plans()
         self._clock = Clock(self.pipe.scheduler, self._to_timestep)
         self._ordinal = 0  # of the denoiser call within its step
+        self._time = 0  # scheduler steps taken
         self._age = 0  # kept features outlive neither the picture nor adapters, policies and text
         self._renew()
         self._route()
@@ -338,7 +345,7 @@ class Composition:
             self._takeover.check_thread()
             result = step(*args, **kwargs)
             self._clock.tick()
-            self._ordinal = 0
+            self._ordinal, self._time = 0, self._time + 1
             return result
 
         return ticking
@@ -444,6 +451,8 @@ class Composition:
         for group in groups.values():
             mixed = len({branch.mix.key() for _, branch in group}) > 1
             size = self.backend.rows if mixed else len(group)
+            if self.shared is not None and size > len(positive):
+                size -= size % len(positive)  # whole branches, which alone can share
             yield from (group[n : n + size] for n in range(0, len(group), size))
 
     def _kind(self, row: int, branch: Branch, positive: bool) -> Hashable:
@@ -496,9 +505,11 @@ class Composition:
         mixes = tuple(_identity(branch) for branch in each.branches)
         key = (each.branches[0].key, ordinal, each.rows)
         if self._cache is not None:
-            slots = [(branch.key, ordinal, row) for row, branch in zip(each.rows, each.branches, strict=True)]
+            slots = [
+                Slot(branch.key, ordinal, row) for row, branch in zip(each.rows, each.branches, strict=True)
+            ]
             states = [(self._age, mix) for mix in mixes]
-            return self._cache.branch(self.denoiser, slots, states, each.branches[0].reuse)
+            return self._cache.branch(self.denoiser, slots, states, each.branches[0].reuse, self._time)
         if not getattr(self.denoiser, "is_cache_enabled", False):
             return nullcontext()
         name = f"compose {key}"

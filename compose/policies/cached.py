@@ -77,14 +77,15 @@ class Cached(Policy):
         leader, share = self.leader(step), self.leading_share(step)
         refresh = self._place(step)[1] == 0
         rest = (1.0 - share) / (len(self.weights) - 1)
+        order = sorted(self.weights, key=lambda name: name != leader)  # others follow what the leader found
         return tuple(
             Branch(
                 key=name,
-                mix=Mix(weights={name: weight}),
+                mix=Mix(weights={name: self.weights[name]}),
                 share=share if name == leader else rest,
                 reuse=step.index > 0 and not (name == leader and refresh),
             )
-            for name, weight in self.weights.items()
+            for name in order
         )
 
     def leader(self, step: Step) -> str:

@@ -146,12 +146,10 @@ def test_a_folder_without_a_testbed_is_refused(tmp_path):
         load_elements(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "weighted-switch"])  # needs an encoder
 @pytest.mark.parametrize("size", [2, 5])
 def test_every_variant_makes_a_plan_for_every_set(name, size):
     case = all_sets(elements(1, 1, 1, 1, 1), size)[0]
-    if name == "weighted-switch":
-        return
     policy = VARIANTS[name].make({e.name: 1.0 for e in case.elements}, case)
     for index in range(4):
         check_plan(policy.plan(Step(index=index, count=4, sigma=0.0), 0), policy.areas)
@@ -292,7 +290,7 @@ def many(variant: str, right: int, seconds: float, count: int = 20) -> list[Verd
 
 
 def test_cached_is_held_against_composite():
-    verdicts = many("composite", 4, 1.0) + many("cached", 3, 0.4) + [verdict("cached", "a+b", right=0)]
+    verdicts = [*many("composite", 4, 1.0), *many("cached", 3, 0.4), verdict("cached", "a+b", right=0)]
     rows = {row.id: row for row in report.target_rows(verdicts, "cpu")}
     assert rows["cached_over_composite_time"].value == pytest.approx(0.4)
     assert rows["cached_over_composite_time"].met
@@ -319,7 +317,7 @@ def test_the_spread_is_over_sets_not_pictures():
 
 
 def test_the_table_has_a_line_per_policy_and_size():
-    verdicts = many("merge", 2, 1.0) + [verdict("merge", "a+b", right=2)]
+    verdicts = [*many("merge", 2, 1.0), verdict("merge", "a+b", right=2)]
     lines = report.table(verdicts, {"merge": 2e12}).splitlines()
     assert [line.split(" | ")[1] for line in lines[2:]] == ["all", "2", "4"]
     assert "| 2 |" in lines[2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -18,7 +17,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
 )
 
-from compose.cache import FeatureCache
+from compose.cache import FeatureCache, Features, Slot
 from compose.engine import Composition, composed
 from compose.errors import BackendError, RequestError
 from compose.plan import Area, Branch, Context, Mix, Policy, Step
@@ -94,10 +93,10 @@ def test_on_the_same_input_reuse_gives_the_same_output(built, family):
     cache = FeatureCache()
     with torch.no_grad():
         whole = first(denoiser(*args, **kwargs))
-        slots, states = [f"row {n}" for n in range(len(whole))], [0] * len(whole)
-        with cache.branch(denoiser, slots, states, reuse=False):
+        slots, states = [Slot("x", 0, n) for n in range(len(whole))], [0] * len(whole)
+        with cache.branch(denoiser, slots, states, reuse=False, time=0):
             kept = first(denoiser(*args, **kwargs))
-        with cache.branch(denoiser, slots, states, reuse=True):
+        with cache.branch(denoiser, slots, states, reuse=True, time=1):
             again = first(denoiser(*args, **kwargs))
     assert torch.equal(kept, whole)
     assert cache.counts.reused == 1
@@ -130,9 +129,9 @@ def test_a_transformer_reuses_what_its_deep_blocks_added(built):
     wanted_in, _ = stream(model, two)
     cache = FeatureCache()
     with torch.no_grad():
-        with cache.branch(model, ["x"], [0], False):
+        with cache.branch(model, [Slot("x", 0, 0)], [0], False, 0):
             model(**one)
-        with cache.branch(model, ["x"], [0], True):
+        with cache.branch(model, [Slot("x", 0, 0)], [0], True, 1):
             got = model(**two).sample
         temb = model.time_text_embed(
             two["timestep"] * 1000, two["guidance"] * 1000, two["pooled_projections"]
@@ -172,6 +171,50 @@ def stream(model, call):
     for hook in hooks:
         hook.remove()
     return seen["in"], seen["out"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leading(Policy):
+    """`a` always runs whole, `b` (the same adapter under another key) reuses; with both whole at the first step."""
+
+    late: float = 0.0
+
+    def plan(self, step, picture):
+        return [
+            Branch(key="a", mix=Mix(weights={"a": 1.0}), share=1.0 - self.late),
+            Branch(key="b", mix=Mix(weights={"a": 1.0}), share=self.late, reuse=step.index > 0),
+        ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_follower_that_is_like_its_leader_stays_like_it(built, family):
+    """Two branches that compute the same: following gives the follower exactly what it would have computed."""
+    pipe, adapters = built(family)
+    wanted = drawn(pipe, adapters, Merge(weights={"a": 1.0}), family, num_inference_steps=4)
+    errors = {}
+    for follow in (True, False):
+        cache = FeatureCache(follow=follow)
+        got = drawn(pipe, adapters, Leading(late=1.0), family, cache, num_inference_steps=4)
+        errors[follow] = ((got - wanted).norm() / wanted.norm()).item()
+        assert cache.counts.reused == 3 * CALLS.get(family, 1)
+    assert errors[True] <= 1e-5
+    assert errors[False] > 1e-4
+
+
+def test_branches_that_ran_at_this_step_themselves_do_not_follow():
+    cache = FeatureCache()
+    kept = {}
+    for time, values in ((0, (1.0, 5.0)), (1, (2.0, 9.0))):
+        for name, value in zip("ab", values, strict=True):
+            cache._keep([Slot(name, 0, 0)], ["same"], time, Features(torch.full((1, 2), value)))
+        kept[time] = [cache._entries[Slot(name, 0, 0)].feature[0].item() for name in "ab"]
+    assert kept == {0: [1.0, 5.0], 1: [2.0, 9.0]}
+    cache._keep([Slot("a", 0, 0)], ["same"], 2, Features(torch.full((1, 2), 2.5)))
+    assert cache._entries[Slot("b", 0, 0)].feature[0].item() == 9.5
+    cache._keep([Slot("a", 0, 0)], ["other"], 3, Features(torch.full((1, 2), 8.0)))
+    assert cache._entries[Slot("b", 0, 0)].feature[0].item() == 9.5  # another mix says nothing of the change
+    cache._keep([Slot("a", 1, 0)], ["other"], 4, Features(torch.full((1, 2), 1.0)))
+    assert cache._entries[Slot("b", 0, 0)].feature[0].item() == 9.5
 
 
 def test_a_unet_reuses_what_enters_its_last_up_block(built):
@@ -573,7 +616,7 @@ def test_a_denoiser_compiled_as_a_whole_is_refused():
 
 
 def cut(model):
-    return FeatureCache().branch(model, ["x"], [0], False) or nullcontext()
+    return FeatureCache().branch(model, [Slot("x", 0, 0)], [0], False, 0)
 
 
 def test_compiled_blocks_are_skipped_too():

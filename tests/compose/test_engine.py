@@ -449,7 +449,7 @@ def test_a_feature_cache_surrounds_each_branch_and_is_asked_for_when_missing():
     seen = []
 
     class Cache:
-        def branch(self, denoiser, slots, states, reuse):
+        def branch(self, denoiser, slots, states, reuse, time):
             seen.append(((*slots, *states), reuse))
             return torch.no_grad()
 

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from compose.backends import Budget
 from compose.cache import FeatureCache
 from compose.engine import Composition
 from compose.errors import BackendError, RequestError
@@ -147,6 +148,22 @@ def test_a_batch_of_pictures_shares_as_each_alone(built):
     got, composition = drawn(pipe, adapters, Composite(weights=WEIGHTS), "flux", "exact", **more)
     assert error(got, wanted) <= 1e-5
     assert composition.shared.counts.saved > 0
+
+
+def test_branches_beyond_the_room_of_a_call_share_in_several(built):
+    pipe, adapters = built("flux")
+    start = torch.randn(2, (tiny.SIDE // 4) ** 2, 16, generator=torch.Generator().manual_seed(3))
+    more = {"prompt": ["a dog", "a cat"], "latents": start, "output_type": "latent"}
+    asked = []
+    for rows in (6, 5):  # three branches of two pictures, or two branches and then one
+        budget = Budget(rows=rows)
+        with Composition(
+            pipe, adapters, Composite(weights=WEIGHTS), "torch", shared="exact", budget=budget
+        ) as composition:
+            picture = tiny.image(pipe, "flux", **more)
+        asked.append((composition.shared.counts.saved, picture))
+    assert asked[0][0] == 2 * asked[1][0] > 0
+    assert error(asked[1][1], asked[0][1]) <= 1e-5
 
 
 @pytest.mark.parametrize("policy", [Merge(weights=WEIGHTS), Switch(weights=WEIGHTS)])
