@@ -15,6 +15,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,17 @@ def switching(
 # Switching on a CPU
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Both rivals on one thread: on a busy machine, several wait for each other longer than a switch takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def measure_tensor(device: torch.device, quick: bool) -> Iterator[Row]:
     """One adapter to another in one weight, beside folding a LoRA in by one product that adds in place.
 
@@ -105,7 +117,8 @@ def measure_tensor(device: torch.device, quick: bool) -> Iterator[Row]:
         peft.merged_adapters.clear()
 
     calls = {"sparse": switching({"net.a": layer}, torch.device("cpu")), "fuse": fuse, "peft": fuse_peft}
-    found = rivals(calls, runs=runs)
+    with one_thread():
+        found = rivals(calls, runs=runs)
     yield quotient("switch_tensor_speedup", found["fuse"], found["sparse"], 16)
     yield quotient("switch_tensor_speedup_peft", found["peft"], found["sparse"])
     yield milliseconds("switch_tensor_ms", found["sparse"])
@@ -145,7 +158,8 @@ def measure_sdxl(device: torch.device, quick: bool) -> Iterator[Row]:
         for each in peft:
             each.unmerge()
 
-    found = rivals({"sparse": switch, "peft": fuse_and_unfuse}, runs=runs, warmup=1)
+    with one_thread():
+        found = rivals({"sparse": switch, "peft": fuse_and_unfuse}, runs=runs, warmup=1)
     yield quotient("switch_sdxl_speedup", found["peft"], found["sparse"], 6)
     yield milliseconds("switch_sdxl_ms", found["sparse"])
     yield milliseconds("switch_sdxl_ms_peft", found["peft"])

@@ -38,10 +38,11 @@ class Entries:
         self._module = module
         device = module.weight.device
         places = {name: delta.index.to(device).long() for name, delta in deltas.items()}
+        values = {name: _ready(delta.value.to(device), module.weight) for name, delta in deltas.items()}
         owned, owners = torch.cat(list(places.values())).unique(return_counts=True)
         self._shared = owned[owners > 1]
         self._shared_kept = self._flat().index_select(0, self._shared)
-        self._own = {name: self._take(places[name], delta.value.to(device)) for name, delta in deltas.items()}
+        self._own = {name: self._take(places[name], values[name]) for name in deltas}
         self._acting: list[str] = []
         self.count = int(owners.sum())
         self.collisions = self.count - owned.numel()
@@ -106,6 +107,11 @@ class Entries:
         for own in self._own.values():
             for field in fields(own):
                 setattr(own, field.name, getattr(own, field.name).to(device))
+
+
+def _ready(value: Tensor, weight: Tensor) -> Tensor:
+    """Values in the type that they are added in, so that a switch converts nothing; exact."""
+    return value.to(torch.promote_types(value.dtype, weight.dtype))
 
 
 def collisions(entries: Sequence[Entries]) -> int:
