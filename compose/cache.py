@@ -85,13 +85,14 @@ class FeatureCache:
     """Keeps one tensor per branch, call of the step and row.
 
     `exact`: how many first blocks of a transformer always run (default: a tenth, at least one; a UNet is always cut
-    at its last up block). `follow`: when a branch runs whole, the change of its features since they were last kept is
-    added to those of the others in the same call and row; branches of one picture move alike, and what sets them apart
-    moves slowly (four random adapters on an early bundled base, 20 steps: error against composite 0.10 instead of
-    0.20, at the same time). False is
-    reuse as published. `limit`: bytes that all entries may take together. A transformer's entry is tokens x width x
-    bytes per number, 24 MiB for FLUX.1 at 1024 x 1024 in bf16, so that n branches with k rows take n * k of them. What would
-    exceed the limit is not kept, and that branch runs whole.
+    at its last up block).
+    `follow`: when a branch runs whole, the change of its features since they were last kept is added to those of the
+    others in the same call and row: branches of one picture move alike, and what sets them apart moves slowly (four
+    random adapters on an early bundled base, 20 steps: error against composite 0.10 instead of 0.20, at the same
+    time). False is reuse as published.
+    `limit`: bytes that all entries may take together. A transformer's entry is tokens x width x bytes per number, 24
+    MiB for FLUX.1 at 1024 x 1024 in bf16; n branches with k rows take n * k of them. What would exceed the limit is
+    not kept, and that branch runs whole.
     """
 
     def __init__(self, *, exact: int | None = None, follow: bool = True, limit: int = 2 * GIB) -> None:
