@@ -163,3 +163,16 @@ def test_split_file_lists_what_the_base_leaves_out():
     from compose.training.data.concepts import SPLIT_FILE
 
     assert len(json.loads(SPLIT_FILE.read_text())["held_out_backgrounds"]) >= 4
+
+
+def test_muon_learns_the_matrices_of_the_blocks_only(tokenizers):
+    model = base.Denoise(base.transformer(), base.t5(tokenizers[1]))
+    chosen = {name for name, p in model.named_parameters() if p.ndim == 2 and base.BLOCK.search(name)}
+    assert "denoiser.transformer_blocks.0.attn.to_q.weight" in chosen
+    assert "words.encoder.block.0.layer.0.SelfAttention.q.weight" in chosen
+    assert not [
+        name
+        for name in chosen
+        if "embed" in name or "relative" in name or name.endswith("denoiser.proj_out.weight")
+    ]
+    assert len(chosen) == 2 * 14 + 8 * 6 + 3 * 7
