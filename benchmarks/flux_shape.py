@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,7 @@ from benchmarks.flux_model import (
     size_of,
 )
 from benchmarks.results import RESULTS, Row, merge, read
-from benchmarks.timing import Timing, measure, where
+from benchmarks.timing import Timing, measure, summary, where
 from compose.backends.fused import FusedBackend
 from compose.backends.fused_fold import FusedFoldBackend
 from compose.kernels.lora_mix import mix_linear
@@ -78,7 +77,7 @@ def _asks() -> list[Ask]:
             pictures = 8 if kind == "rows" else 1
             target = targets[mode == "compiled"]
             asks.append(Ask(f"{name}_{mode}", kind, target, count, pixels, pictures, mode))
-    asks += [Ask("fold4_ms", "fold_ms", 25.0, 4), Ask("unfold_ms", "unfold_ms", 25.0, 4)]
+    asks += [Ask("fold4_ms", "fold", 25.0, 4), Ask("unfold_ms", "fold", 25.0, 4)]
     asks += [Ask("side_memory_mib", "memory", 200.0, 8), Ask("train_step", "train", 0.80)]
     return [*asks, Ask("roofline", "roofline")]
 
@@ -92,7 +91,7 @@ class Bench:
     def __init__(self, shape: Shape, device: torch.device, runs: int, keep: Callable[[Row], None]) -> None:
         self.shape, self.device, self.runs, self.keep = shape, device, runs, keep
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._bases: dict[tuple[Mode, int, int], list[float]] = {}
+        self._folds_known = False
 
     @cached_property
     def model(self) -> FluxTransformer2DModel:
@@ -168,7 +167,9 @@ class Bench:
     def _call(self, ask: Ask) -> Timing:
         call = inputs(self.shape, ask.pixels, ask.pictures, self.device, self.dtype)
         with torch.inference_mode(False), torch.no_grad(), self._blocks(ask.mode):
-            return measure(lambda: self.model(**call), device=self.device, runs=self.runs, warmup=3)
+            return measure(
+                lambda: self.model(**call), device=self.device, runs=self.runs, warmup=min(3, self.runs)
+            )
 
     @contextmanager
     def _blocks(self, mode: Mode) -> Iterator[None]:
@@ -208,14 +209,11 @@ class Bench:
 
     # folding, memory, training
 
-    def _fold_ms(self, ask: Ask) -> None:
-        self._folding(ask)
-
-    def _unfold_ms(self, ask: Ask) -> None:
-        self._folding(ask)
-
-    def _folding(self, ask: Ask) -> None:
-        """Wall time of a fold of another mix, and of putting all weights back; both rows come of one measurement."""
+    def _fold(self, ask: Ask) -> None:
+        """Wall time of a fold of another mix, and of putting all weights back; one measurement gives both rows."""
+        if self._folds_known:
+            return
+        self._folds_known = True
         given = adapters(self.sites, ask.count, RANK, self.device, self.dtype)
         times: dict[str, list[float]] = {"fold4_ms": [], "unfold_ms": []}
         with attached(FusedFoldBackend(), self.model, self.sites, given, self.device) as backend:
@@ -227,9 +225,9 @@ class Bench:
                     times["fold4_ms"].append(fold)
                     times["unfold_ms"].append(unfold)
         for name, taken in times.items():
-            low, _, high = statistics.quantiles(taken, n=4, method="inclusive")
-            self._row(ASKS[name], statistics.median(taken), (high - low) / 2, "ms", len(taken))
-            print(f"  {name}: {statistics.median(taken):.2f} ms")
+            timing = summary(taken)
+            self._row(ASKS[name], timing.median, timing.spread, "ms", timing.n)
+            print(f"  {name}: {timing.median:.2f} ms")
 
     def _wall(self, call: Callable[[], object]) -> float:
         _settle(self.device)
@@ -271,7 +269,7 @@ class Bench:
             model = build(small, self.device, self.dtype)
             parameters = _with_peft(model) if kind == "peft" else _with_kernels(model)
             step = _step(model, parameters, inputs(small, 1024, 1, self.device, self.dtype))
-            times[kind] = measure(step, device=self.device, runs=self.runs, warmup=5)
+            times[kind] = measure(step, device=self.device, runs=self.runs, warmup=min(5, self.runs))
             print(f"  {kind}: {times[kind].median * 1e3:.2f} ms")
         ratio = times["ours"].median / times["peft"].median
         spread = ratio * sum(each.spread / each.median for each in times.values())
@@ -377,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit("flux_shape needs an NVIDIA GPU with 60 GB free; --quick runs a toy size anywhere")
     torch._dynamo.config.cache_size_limit = 64  # one entry per shape and backend of this run
     keep = (lambda row: None) if given.quick else (lambda row: merge([row], NAME) and None)
-    bench = Bench(TINY if given.quick else FULL, device, 2 if given.quick else given.runs, keep)
+    bench = Bench(TINY if given.quick else FULL, device, 1 if given.quick else given.runs, keep)
     left = run_all(wanted(given.rows, given.missing), bench, given.seconds)
     if left:
         print(f"time is up; go on with --rows {','.join(left)}")

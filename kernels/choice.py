@@ -7,6 +7,7 @@ captured, nor where there is nothing to measure (the interpreter).
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,10 +77,13 @@ class Choices:
         if self._path is None:
             return
         lines = [[list(key), list(tile)] for key, tile in self._known.items()]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(lines), encoding="utf-8")
-        part.replace(self._path)
+        part = self._path.with_suffix(f".{os.getpid()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(lines), encoding="utf-8")
+            part.replace(self._path)
+        except OSError:  # a home that cannot be written to: the next process measures again
+            self._path = None
 
 
 CHOICES = Choices()

@@ -199,11 +199,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: 
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor, tile: Tile
 ) -> Tensor:
-    flat = _flat(x)
-    if tile.kind == "torch" or not _describable(flat, weight):
+    if tile.kind == "torch" or not _describable(x, weight):
         y = F.linear(x, weight, bias)
         _expand(y, hidden, up)
         return y
+    flat = x.view(-1, x.shape[-1])
     y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
     launch.launch_linear(
         flat, weight, bias, hidden.reshape(-1, up.shape[1]), up, y.view(-1, y.shape[-1]), tile
@@ -223,12 +223,11 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _describable(x: Tensor, weight: Tensor) -> bool:
-    """Whether the bulk copy engine can address both: 16-byte aligned starts and rows."""
+    """Whether the bulk copy engine can address both: dense, 16-byte aligned starts and rows."""
     return all(
-        t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and t.stride(0) * t.itemsize % 16 == 0
-        for t in (x.view(-1, x.shape[-1]) if x.is_contiguous() else x, weight)
-        if t.dim() == 2
-    ) and (x.dim() == 2 or x.is_contiguous())
+        t.is_contiguous() and t.data_ptr() % 16 == 0 and t.shape[-1] * t.itemsize % 16 == 0
+        for t in (x, weight)
+    )
 
 
 def _tile(key: tuple, shape: Key, x: Tensor, tiles: tuple[Tile, ...], run: Callable[[Tile], object]) -> Tile:

@@ -224,6 +224,9 @@ def test_choices_outlive_the_process_and_survive_damage(tmp_path):
     second.keep_in(path)
     assert second.table() == {key: Tile("triton", 64, 0, 128)}
     path.write_text("{damaged")
+    nowhere = Choices()
+    nowhere.keep_in(path / "a file has no folders" / "kernels.json")
+    nowhere._save()
     third = Choices()
     third.keep_in(path)
     assert third.table() == {}
