@@ -21,7 +21,7 @@ COUNT = 4  # adapters
 RANK = 16
 LAYERS = (".to_q", ".to_k", ".to_v", ".to_out.0")
 IDS = (
-    "cached_over_base_time", "cached_dense_over_base_time", "composite_over_base_time", "cached_over_composite_time_flux",
+    "cached_over_base_time", "cached_dense_over_base_time", "cached_renewed_over_base_time", "composite_over_base_time", "cached_over_composite_time_flux",
     "shared_base_error", "shared_base_over_composite_time", "shared_base_approximate_error",
     "shared_base_approximate_over_composite_time", "cache_off_identical", "cache_peak_mib",
 )  # fmt: skip
@@ -112,6 +112,7 @@ def _times(device: torch.device, small: bool, runs: int) -> Iterator[Row]:
     ways: dict[str, tuple[Policy, FeatureCache | None]] = {
         "cached": (Cached(weights=mine), cache),
         "cached_dense": (Cached(weights=mine, intervals=1), FeatureCache()),
+        "cached_renewed": (Cached(weights=mine, renew=5), FeatureCache()),
         "composite": (Composite(weights=mine), None),
     }
     calls = {"base": _plainly(draw, device)}
@@ -122,6 +123,7 @@ def _times(device: torch.device, small: bool, runs: int) -> Iterator[Row]:
     target = None if small else 1.5
     yield _ratio("cached_over_base_time", taken, "cached", "base", place, target)
     yield _ratio("cached_dense_over_base_time", taken, "cached_dense", "base", place, None)
+    yield _ratio("cached_renewed_over_base_time", taken, "cached_renewed", "base", place, None)
     yield _ratio("composite_over_base_time", taken, "composite", "base", place, None)
     yield _ratio("cached_over_composite_time_flux", taken, "cached", "composite", place, None)
     yield Row(id="cache_peak_mib", value=cache.peak / 2**20, unit="MiB", direction="min", n=1, where=place)

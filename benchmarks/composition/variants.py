@@ -31,6 +31,7 @@ VARIANTS: dict[str, Variant] = {
     "composite": Variant(make=lambda weights, case: Composite(weights=weights)),
     "cached": Variant(make=lambda weights, case: Cached(weights=weights), caches=True),
     "cached-dense": Variant(make=lambda weights, case: Cached(weights=weights, intervals=1), caches=True),
+    "cached-renewed": Variant(make=lambda weights, case: Cached(weights=weights, renew=5), caches=True),
     "regions": Variant(make=_regions),
     "auto": Variant(make=lambda weights, case: Auto(weights=weights), caches=True),
     "composite-shared": Variant(make=lambda weights, case: Composite(weights=weights), shared="exact"),

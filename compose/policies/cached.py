@@ -25,6 +25,9 @@ class Cached(Policy):
     branch runs whole and its features are kept; every other branch, and every branch between, reuses its own. At step 0
     all run whole. One number stands for all three phases; 1 runs the leader whole at every step.
 
+    `renew`: every so many steps all branches run whole, as at step 0 (0, as published: never again). It buys back error
+    for passes: with n adapters a picture costs about n / renew whole passes per step more.
+
     Who leads: adapters in `order`, which is that of their measured high-frequency score, highest first. Up to
     fraction `switch` those that write high frequencies take turns; from then on the first of them drops out and those
     that write low frequencies (`low`) join. Profiles come with the context; adapters without one count as average.
@@ -36,6 +39,7 @@ class Cached(Policy):
 
     weights: Mapping[str, Weight]
     intervals: Sequence[int] | int = INTERVALS
+    renew: int = 0
     switch: float | None = None
     order: Sequence[str] | None = None
     low: Sequence[str] | None = None
@@ -47,6 +51,10 @@ class Cached(Policy):
         if isinstance(self.intervals, int) and not isinstance(self.intervals, bool):
             object.__setattr__(self, "intervals", (self.intervals,) * 3)
         _check_intervals(self.intervals)
+        if self.renew < 0:
+            raise RequestError(
+                f"policy 'cached': renew is {self.renew}; give a number of steps, or 0 for never"
+            )
         if self.switch is not None and not 0 <= self.switch <= 1:
             raise RequestError(f"policy 'cached': switch is {self.switch}; give a fraction from 0 to 1")
         if self.order is not None and sorted(self.order) != sorted(self.weights):
@@ -76,6 +84,7 @@ class Cached(Policy):
             return (Branch(key="merge", mix=Mix(weights=self.weights)),)
         leader, share = self.leader(step), self.leading_share(step)
         refresh = self._place(step)[1] == 0
+        whole = step.index == 0 or (bool(self.renew) and step.index % self.renew == 0)
         rest = (1.0 - share) / (len(self.weights) - 1)
         order = sorted(self.weights, key=lambda name: name != leader)  # others follow what the leader found
         return tuple(
@@ -83,7 +92,7 @@ class Cached(Policy):
                 key=name,
                 mix=Mix(weights={name: self.weights[name]}),
                 share=share if name == leader else rest,
-                reuse=step.index > 0 and not (name == leader and refresh),
+                reuse=not whole and not (name == leader and refresh),
             )
             for name in order
         )

@@ -106,6 +106,13 @@ def test_dense_intervals_run_the_leader_whole_at_every_step():
         assert sum(not b.reuse for b in policy.plan(step, 0)) == 1
 
 
+def test_renewing_runs_all_whole_every_so_many_steps():
+    policy = prepared(renew=5)
+    whole = [sum(not b.reuse for b in policy.plan(step, 0)) for step in steps(20)]
+    assert [index for index, count in enumerate(whole) if count == 4] == [0, 5, 10, 15]
+    assert max(count for index, count in enumerate(whole) if index % 5) == 1
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_few_steps_begin_whole_and_have_one_leader_each(count):
     policy = prepared()
@@ -142,6 +149,7 @@ def test_the_table_prints_every_step():
         ({"intervals": (2, 3)}, "three whole numbers"),
         ({"intervals": "232"}, "intervals is '232'"),
         ({"intervals": 0}, "three whole numbers"),
+        ({"renew": -1}, "renew is -1"),
         ({"switch": 1.5}, "fraction from 0 to 1"),
         ({"order": ("a", "b")}, "name each adapter once"),
         ({"low": ("x",)}, "adapter 'x' is unknown"),
