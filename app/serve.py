@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import logging
 import os
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,8 +160,14 @@ def serve(app: FastAPI, sock: socket.socket) -> None:
     """Answer on the socket until a signal comes; addresses (which may hold secrets) are never logged."""
     import uvicorn
 
+    logging.getLogger("uvicorn.error").addFilter(_told)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3
     )
     uvicorn.Server(config).run(sockets=[sock])
-    print("compose: stopped; finished pictures are kept", file=sys.stderr)
+
+
+def _told(line: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's is worth reading: callers that are cut off when the server ends are no fault."""
+    cut = line.exc_info is not None and isinstance(line.exc_info[1], asyncio.CancelledError)
+    return not cut and not line.getMessage().startswith("Cancel ")

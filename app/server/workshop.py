@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compose.app.jobs import Job, Jobs, Limits, Task, Work
 from compose.app.server.orders import Bounds, card_of, check_order, check_record
-from compose.errors import RequestError, unknown
+from compose.errors import BaseModelError, RequestError, unknown
 from compose.plan import Branch, Policy, Step
 from compose.record import Record, Result, write_png
 from compose.request import Request
@@ -44,6 +44,7 @@ class Workshop:
         self.bases, self.library, self.bounds = tuple(bases), library, bounds or Bounds()
         self._open_base = open_base
         self._pipes: dict[str, ComposePipeline] = {}
+        self._warming, self._begun = threading.Lock(), False
         self._locks = {base: threading.Lock() for base in bases}
         lanes: Mapping[str, Work] = {base: functools.partial(self._draw, base) for base in bases}
         self.jobs = Jobs(folder, lanes, limits)
@@ -96,15 +97,14 @@ class Workshop:
         """Whether a base is in memory."""
         return base in self._pipes
 
-    def warm_up(self) -> threading.Thread:
-        """Load the first base beside everything else, so that the first picture need not wait for it."""
-        thread = threading.Thread(target=self._warm, name="warm-up", daemon=True)
-        thread.start()
-        return thread
+    def warm_up(self) -> None:
+        """Load the first base beside everything else, once, so that the first picture need not wait for it."""
+        with self._warming:
+            begun, self._begun = self._begun, True
+        if not begun:
+            threading.Thread(target=self._warm, name="warm-up", daemon=True).start()
 
     def _warm(self) -> None:
-        from compose.errors import BaseModelError
-
         try:
             self.pipe(self.bases[0])
         except BaseModelError:  # the first order tells the user

@@ -28,7 +28,6 @@ def run(args: argparse.Namespace) -> int:
 
     workshop = serve.open_workshop(args)
     app = mount(make_app(workshop, rules), workshop, auth)
-    workshop.warm_up()
     print(f"{serve.address(sock)}  (ctrl-C ends it)", flush=True)
     serve.serve(app, sock)
     return 0

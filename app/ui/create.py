@@ -42,6 +42,9 @@ FIELDS = (
     "count",
     "strength",
 )
+_SHOW_STAGE = (
+    "() => { if (innerWidth < 700) document.querySelector('#stage').scrollIntoView({behavior: 'smooth'}); }"
+)
 _TAGS = Path(__file__).with_name("tags.js")
 
 
@@ -86,7 +89,7 @@ def build(workshop: Workshop, memory: gr.BrowserState) -> Create:
             with gr.Accordion("Start from a picture", open=False):
                 start, mask = _pictures(form)
         with gr.Column(scale=2, min_width=320):
-            with gr.Row():
+            with gr.Row(elem_id="go-row"):
                 go = gr.Button("Create", variant="primary", elem_id="go")
                 cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", interactive=False)
             stage = gr.HTML(stages.IDLE, elem_id="stage")
@@ -160,6 +163,7 @@ def _wire(
         **quiet,
     }
     go.click(**drawing)
+    go.click(None, js=_SHOW_STAGE)
     made.form["prompt"].submit(**drawing)
     go.click(_remember, [made.memory, *made.inputs[: len(FIELDS)]], made.memory, **quiet)
 

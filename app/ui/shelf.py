@@ -41,7 +41,7 @@ def build(workshop: Workshop, made: create.Create) -> list[Any]:
                 picture = gr.Image(label="or by a picture", type="filepath", height=120, sources=["upload", "clipboard"], elem_id="search-picture")  # fmt: skip
             gallery = gr.Gallery(label="Adapters", columns=5, height="auto", object_fit="cover", fit_columns=False, allow_preview=False, elem_id="shelf", interactive=False, buttons=[])  # fmt: skip
             with gr.Row():
-                drop = gr.File(label="Import: drop .safetensors here", file_types=[".safetensors"], file_count="multiple", height=120, elem_id="import")  # fmt: skip
+                drop = gr.File(label="Import: drop .safetensors here", file_types=[".safetensors"], file_count="multiple", height=150, elem_id="import")  # fmt: skip
                 report = gr.HTML('<div class="report"></div>', elem_id="report")
         with gr.Column(scale=2, min_width=320):
             facts = gr.HTML('<div class="facts"><p>Choose an adapter.</p></div>', elem_id="card-facts")

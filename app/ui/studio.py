@@ -76,6 +76,7 @@ def _greet(blocks: gr.Blocks, workshop: Workshop, made: create.Create) -> None:
     """On opening: the browser's id, its last settings and its pictures."""
 
     def greet(was: Any, request: gr.Request) -> list[Any]:
+        workshop.warm_up()  # now that the page is there: loading before would make it come later
         now = greeted(was)
         pictures, places = stages.gallery(workshop.jobs, owner_of(now, request), create.root_of(request))
         return [now, pictures, places, *create.recalled(now)]
