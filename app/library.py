@@ -217,7 +217,8 @@ def _checked(library: Library, report: Report, strict: bool) -> tuple[Report, di
 
 def _whole(fit: Fit) -> Fit:
     if fit.unmatched:
-        raise AdapterError(f"{fit}; add its file without --strict to take the part that fits")
+        advice = "; add its file without --strict to take the part that fits" if fit.matched else ""
+        raise AdapterError(f"{fit}{advice}")
     return fit
 
 
