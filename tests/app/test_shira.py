@@ -1,13 +1,19 @@
 """Sparse adapters on the command line: trained, converted, merged, listed, drawn with; and what is refused."""
 
+from types import SimpleNamespace
+
 import PIL.Image
 import pytest
 import tiny
 import torch
 from safetensors import safe_open
+from small_library import WordEncoder
 
 from compose.app.cli import main
 from compose.formats import load, save
+from compose.pipeline import ComposePipeline
+from compose.retrieval import index
+from compose.retrieval.library import Library
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +186,33 @@ def test_an_adapter_of_other_weights_is_refused_with_both_hashes(ink, tmp_path, 
     line = said(capsys)[0]
     assert load(ink).metadata["compose.base_sha256"][:12] in line and "--force" in line
     assert main([*given, "--force"]) == 0
+
+
+def test_the_library_takes_sparse_adapters_like_any(ink, tmp_path, capsys, monkeypatch):
+    (tmp_path / "clip").mkdir()
+    monkeypatch.setattr(index, "bundled", lambda: WordEncoder(tmp_path / "clip"))
+    monkeypatch.setattr("compose.retrieval.library.Library.starter", ())
+    home = ["--library", str(tmp_path / "home")]
+    assert main(["library", "add", str(ink), *home]) == 0
+    printed = capsys.readouterr().out
+    assert "ink" in printed and "not matched" not in printed
+    assert main(["library", "show", "ink", *home]) == 0
+    shown = capsys.readouterr().out
+    assert "Ink Dog" in shown
+    assert main(["library", "search", "ink dog", *home]) == 0
+    assert "ink" in capsys.readouterr().out
+
+
+def test_retrieval_passes_over_sparse_adapters_of_other_weights(ink, base, tmp_path, monkeypatch):
+    (tmp_path / "clip").mkdir()
+    monkeypatch.setattr(index, "bundled", lambda: WordEncoder(tmp_path / "clip"))
+    library = Library.open(tmp_path / "library", starter=None)
+    library.scan(ink.parent)
+    choice = SimpleNamespace(card=library.find("ink"), weight=1.0, score=1.0, reason="")
+    monkeypatch.setattr("compose.retrieval.select.select", lambda *args, **more: [choice])
+    size = {"width": tiny.SIDE, "height": tiny.SIDE, "steps": 1, "seed": 1}
+    other = tiny.save(tiny.flux(1), tmp_path / "other")
+    for folder, forced, count in ((base, False, 1), (other, False, 0), (other, True, 1)):
+        pipe = ComposePipeline.from_pretrained(str(folder))
+        result = pipe("ink dog", library=library, auto_retrieve=True, force=forced, **size)
+        assert len(result.record.adapters) == count
