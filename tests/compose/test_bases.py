@@ -86,7 +86,7 @@ def args(name: str, *accepted: str, **fields) -> dict:
 def test_calls_of_each_family():
     every = ("width", "height", "max_sequence_length", "max_area", "_auto_resize")
     mini = args(BUNDLED, *every)
-    assert (mini["max_sequence_length"], mini["max_area"], mini["_auto_resize"]) == (48, 128 * 128, False)
+    assert (mini["max_sequence_length"], mini["max_area"], mini["_auto_resize"]) == (40, 128 * 128, False)
     assert (mini["width"], mini["num_inference_steps"], mini["guidance_scale"]) == (128, 20, 3.5)
     assert "max_sequence_length" not in args("sdxl", *every)
     assert set(args("sd15")) == {"prompt", "num_inference_steps", "guidance_scale"}
