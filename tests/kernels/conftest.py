@@ -4,6 +4,9 @@ before: an element that it leaves out shows."""
 import pytest
 import torch
 
+with torch.device("cpu"):
+    torch.ones(1)  # here torch remembers which functions make tensors; it must remember the true torch.empty
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
