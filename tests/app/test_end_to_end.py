@@ -37,7 +37,9 @@ def run(tmp_path, monkeypatch, bases, capsys):
     """Run one command in an own folder with an own library; returns its exit code."""
     monkeypatch.setattr(digest, "CACHE", tmp_path / "cache" / "digests.json")
     monkeypatch.setattr("compose.retrieval.library.Library.starter", ())
-    monkeypatch.setattr("compose.app.library.bundled_sites", lambda: None)  # the base of these tests is another
+    monkeypatch.setattr(
+        "compose.app.library.bundled_sites", lambda: None
+    )  # the base of these tests is another
     (tmp_path / "clip").mkdir()
     monkeypatch.setattr(index, "bundled", lambda: WordEncoder(tmp_path / "clip"))
     monkeypatch.chdir(tmp_path)

@@ -107,7 +107,7 @@ def test_deltas_that_read_the_base_are_tied_to_it(models):
 
 
 def test_models_that_cannot_be_compared_are_refused(models, tmp_path):
-    folder, _, tuned = models
+    folder, *_ = models
     base = Weights.open(folder / "base")
     with pytest.raises(AdapterError, match="nothing to convert"):
         difference(base, base, name="t", family="")
