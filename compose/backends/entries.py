@@ -17,7 +17,7 @@ from compose.adapter import Sparse
 
 
 @dataclass(slots=True)
-class _Own:
+class Own:
     """What one adapter has in a weight: entries it alone owns (`index`, `value`, `kept`), and its part of those that
     others own too (`place` among the shared ones, `more`)."""
 
@@ -31,66 +31,67 @@ class _Own:
 class Entries:
     """The sparse deltas of one layer's weight by adapter, with the originals of their entries.
 
-    To be made while the weight is the base's own; the weight must be contiguous.
+    To be made while the weight is the base's own; the weight must be contiguous. `own` is by adapter, `shared` the
+    places of several owners, `acting` the adapters written at present.
     """
 
     def __init__(self, module: nn.Module, deltas: Mapping[str, Sparse]) -> None:
-        self._module = module
+        self.module = module
         device = module.weight.device
         places = {name: delta.index.to(device).long() for name, delta in deltas.items()}
         values = {name: _ready(delta.value.to(device), module.weight) for name, delta in deltas.items()}
         owned, owners = torch.cat(list(places.values())).unique(return_counts=True)
-        self._shared = owned[owners > 1]
-        self._shared_kept = self._flat().index_select(0, self._shared)
-        self._own = {name: self._take(places[name], values[name]) for name in deltas}
-        self._acting: list[str] = []
+        self.shared = owned[owners > 1]
+        self.shared_kept = self._flat().index_select(0, self.shared)
+        self.own = {name: self._take(places[name], values[name]) for name in deltas}
+        self.acting: list[str] = []
         self.count = int(owners.sum())
         self.collisions = self.count - owned.numel()
 
-    def _take(self, index: Tensor, value: Tensor) -> _Own:
-        both = torch.isin(index, self._shared)
+    def _take(self, index: Tensor, value: Tensor) -> Own:
+        both = torch.isin(index, self.shared)
         lone = index[~both]
-        return _Own(
+        return Own(
             index=lone,
             value=value[~both],
             kept=self._flat().index_select(0, lone),
-            place=torch.searchsorted(self._shared, index[both]),
+            place=torch.searchsorted(self.shared, index[both]),
             more=value[both],
         )
 
     def _flat(self) -> Tensor:
-        return self._module.weight.data.view(-1)
+        return self.module.weight.data.view(-1)
 
     @property
     def nbytes(self) -> int:
         """Of the kept originals."""
-        return self._shared_kept.nbytes + sum(own.kept.nbytes for own in self._own.values())
+        return self.shared_kept.nbytes + sum(own.kept.nbytes for own in self.own.values())
 
     def of(self, weights: Mapping[str, float]) -> dict[str, float]:
         """Those of the weights whose adapters own entries here."""
-        return {name: weight for name, weight in weights.items() if name in self._own}
+        return {name: weight for name, weight in weights.items() if name in self.own}
 
     def write(self, acting: Mapping[str, float]) -> None:
         """Let the adapters in `acting` (name -> weight) act, and no others: kept + sum of weight * value."""
-        self._follow()
-        before, self._acting = self._acting, [*dict.fromkeys([*self._acting, *acting])]  # if interrupted
+        self.follow()
+        before, self.acting = self.acting, [*dict.fromkeys([*self.acting, *acting])]  # if interrupted
         flat = self._flat()
         for name, scale in acting.items():
-            own = self._own[name]
+            own = self.own[name]
             value = torch.add(own.kept, own.value, alpha=scale)
-            flat.index_copy_(0, own.index, value.to(flat.dtype))
-        if self._shared.numel():
-            flat.index_copy_(0, self._shared, self._sum(acting).to(flat.dtype))
+            flat.index_copy_(0, own.index.long(), value.to(flat.dtype))
+        if self.shared.numel():
+            flat.index_copy_(0, self.shared, self._sum(acting).to(flat.dtype))
         for name in before:
             if name not in acting:
-                flat.index_copy_(0, self._own[name].index, self._own[name].kept)
-        self._acting = list(acting)
+                flat.index_copy_(0, self.own[name].index.long(), self.own[name].kept)
+        self.acting = list(acting)
 
     def _sum(self, acting: Mapping[str, float]) -> Tensor:
         """The entries of several owners, in float32 at least: all that act are added up."""
-        total = self._shared_kept.to(torch.promote_types(self._shared_kept.dtype, torch.float32), copy=True)
+        total = self.shared_kept.to(torch.promote_types(self.shared_kept.dtype, torch.float32), copy=True)
         for name, scale in acting.items():
-            own = self._own[name]
+            own = self.own[name]
             total.index_add_(0, own.place, own.more.to(total), alpha=scale)
         return total
 
@@ -98,13 +99,13 @@ class Entries:
         """Put the originals back, bit for bit."""
         self.write({})
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
         """Go where the weight is: whole models move when they are offloaded between pictures."""
-        device = self._module.weight.device
-        if self._shared.device == device:
+        device = self.module.weight.device
+        if self.shared.device == device:
             return
-        self._shared, self._shared_kept = self._shared.to(device), self._shared_kept.to(device)
-        for own in self._own.values():
+        self.shared, self.shared_kept = self.shared.to(device), self.shared_kept.to(device)
+        for own in self.own.values():
             for field in fields(own):
                 setattr(own, field.name, getattr(own, field.name).to(device))
 

@@ -1,6 +1,7 @@
 """The fold backend with its low-rank sites folded by one kernel launch, in one pass over memory.
 
-Sites that the kernel cannot serve (biases, deltas that are no products, a copy kept on the host) fold as ever.
+Sparse adapters are written by one launch each. Sites that the kernels cannot serve (biases, deltas that are no products, a
+copy kept on the host) fold as ever.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from compose.adapter import Adapter, LowRank
 from compose.backends.base import Job, site_weights
 from compose.backends.fold import FoldBackend
+from compose.backends.fused_entries import FusedEntries, servable
 from compose.kernels.fold import Folder, FoldSite
 from compose.kernels.support import why_not
 from compose.plan import Mix
@@ -30,6 +32,7 @@ class FusedFoldBackend(FoldBackend):
         ] = []  # site, adapter, gain, rank: in the table's order
         self._served_names: list[str] = []
         self._addresses: list[int] = []
+        self._scattered: FusedEntries | None = None
 
     def attach(self, job: Job) -> None:
         super().attach(job)
@@ -53,6 +56,14 @@ class FusedFoldBackend(FoldBackend):
             at += rank
         kinds = groupby(sorted(sites, key=_kind), key=_kind)
         self._folders = [Folder(list(group)) for _, group in kinds]
+        self._gather()
+
+    def _gather(self) -> None:
+        """Take the entries of sparse adapters together, where one launch can reach them all."""
+        for entries in self._entries.values():
+            entries.follow()
+        served = bool(self._entries) and servable(self._entries)
+        self._scattered = FusedEntries(self._entries) if served else None
 
     def _served(self, name: str) -> bool:
         module, kept = self.job.sites[name].module, self._kept[name]
@@ -82,6 +93,7 @@ class FusedFoldBackend(FoldBackend):
         return [self.job.sites[name].module.weight.data_ptr() for name in self._served_names]
 
     def _together(self, names: Sequence[str], mix: Mix) -> Sequence[str]:
+        names = self._scatter(names, mix)
         if self._places() != self._addresses:
             self._stack()  # the weights were moved, as offloading does
         if not self._folders:
@@ -99,6 +111,22 @@ class FusedFoldBackend(FoldBackend):
         served = set(self._served_names)
         return [name for name in names if name not in served]
 
+    def _scatter(self, names: Sequence[str], mix: Mix) -> Sequence[str]:
+        """Write the sparse adapters, and name the sites that are left."""
+        if self._scattered is not None and self._scattered.moved:
+            self._gather()
+        if self._scattered is None:
+            return names
+        weights = {adapter: site_weights(weight, names) for adapter, weight in mix.weights.items()}
+        acting = {
+            site: {
+                name: weights[name][site] for name in entries.own if name in weights and weights[name][site]
+            }
+            for site, entries in self._entries.items()
+        }
+        self._scattered.write(acting)
+        return [name for name in names if name not in acting]
+
     def _restore(self, names: Sequence[str]) -> None:
         """Served weights in one call, while they lie where they were attached."""
         served = set(self._served_names) if self._places() == self._addresses else set()
@@ -110,6 +138,7 @@ class FusedFoldBackend(FoldBackend):
     def detach(self) -> None:
         super().detach()
         self._folders, self._columns, self._served_names, self._addresses = [], [], [], []
+        self._scattered = None
 
 
 def _kind(site: FoldSite) -> str:

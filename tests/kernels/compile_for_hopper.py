@@ -15,6 +15,7 @@ from compose.kernels.lora_mix import EXPANDS, LINEARS, SHRINKS
 from compose.kernels.lora_mix import triton as mix
 from compose.kernels.lora_rows import triton as rows
 from compose.kernels.sparse_add import triton as sparse
+from compose.kernels.sparse_switch import triton as switch
 
 HOPPER = GPUTarget("cuda", 90, 32)
 ARITHMETIC = {"UPCAST": False, "PRECISION": "ieee"}
@@ -55,7 +56,7 @@ def _type(name: str, constants: dict) -> str:
         return "constexpr"
     if name in FLOATS:
         return "*fp32"
-    if name in ("edges", "index", "site_of_tile"):
+    if name in ("edges", "index", "site_of_tile", "site_of_block"):
         return "*i32"
     if name in ("x", "down", "out", "y", "hidden", "up", "bias", "weight", "value", "kept", "anchor"):
         return "*bf16"
@@ -94,6 +95,8 @@ def every() -> dict[str, dict]:
     constants = {"COUNT": 3, "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_R": 16, **ARITHMETIC}
     found["gate"] = compiled(gate.gate_kernel, constants, 8, 2)
     found["sparse add"] = compiled(sparse.add_kernel, {"BLOCK": 1024}, 8, 3)
+    constants = {"ADD": True, "FIELDS": switch.FIELDS, "BLOCK": switch.BLOCK}
+    found["sparse switch"] = compiled(switch.scatter_kernel, constants, 8, 3)
     found["sparse restore"] = compiled(sparse.restore_kernel, {"BLOCK": 1024}, 8, 3)
     constants = {
         "BLOCK_N": fold.BLOCK_N,
