@@ -696,7 +696,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             measure(studio, report, QUICK if args.quick else COUNT)
     if not args.quick:
         merge(report.rows, "base", args.out)
-        keep(report.answers, args.out / VERDICTS.name)
+        if report.answers:
+            keep(report.answers, args.out / VERDICTS.name)
 
 
 if __name__ == "__main__":
