@@ -89,6 +89,11 @@ def base_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--base", default=BUNDLED, help=f"hub id, diffusers folder or .safetensors file (default: {BUNDLED})"
     )
+    loading_arguments(group)
+
+
+def loading_arguments(group: argparse._ArgumentGroup) -> None:
+    """Flags that say how a base model is loaded."""
     group.add_argument(
         "--base-config", metavar="FOLDER", help="diffusers folder that completes a single-file base"
     )

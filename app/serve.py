@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from compose.app.bars import quiet_libraries
+from compose.app.generate import loading_arguments
 from compose.bases import BUNDLED
 from compose.errors import RequestError
 
@@ -42,17 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, port: int = 8000) -> None:
     where.add_argument("--queue", type=int, default=64, metavar="N", help="jobs that may wait before callers are sent away (default: 64)")  # fmt: skip
     base = parser.add_argument_group("base models")
     base.add_argument("--base", action="append", metavar="NAME", help=f"hub id, diffusers folder or .safetensors file; may be repeated, the first is loaded at once (default: {BUNDLED})")  # fmt: skip
-    base.add_argument(
-        "--base-config", metavar="FOLDER", help="diffusers folder that completes a single-file base"
-    )
-    base.add_argument("--variant", help="other weights of a hub base, such as fp16")
-    base.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
-    base.add_argument(
-        "--dtype", help="float32, bfloat16 or float16 (default: what the device and the base bear)"
-    )
-    base.add_argument(
-        "--offload", default="none", help="none, model or sequential: keep weights off a small GPU"
-    )
+    loading_arguments(base)
 
 
 def run(args: argparse.Namespace) -> int:
