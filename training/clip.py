@@ -147,8 +147,6 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.05, fused=world.device.type == "cuda"
     )
-    if (checkpoint := out / "clip.checkpoint").exists():
-        raise ValueError(f"{checkpoint} is there; CLIP is trained in one run")
     seed = settings.seed + 1000 * world.rank
     pictures = Pictures(archive)
     composer, taught = Composer(pictures, world.device), Sentences(phrases, tokenizer, world.device)

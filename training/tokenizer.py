@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,8 +73,6 @@ def train(phrases: Iterable[str], size: int = 4096) -> tuple[dict[str, int], lis
 
 
 def _merges(tokenizer: Tokenizer) -> list:
-    import json
-
     return json.loads(tokenizer.to_str())["model"]["merges"]
 
 
