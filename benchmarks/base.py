@@ -38,11 +38,6 @@ from compose.digest import write_atomic
 from compose.engine import composed
 from compose.formats import load
 from compose.policies import make
-from compose.retrieval.card import from_dict
-from compose.retrieval.clip import Clip
-from compose.retrieval.index import Index
-from compose.retrieval.library import Library
-from compose.retrieval.select import select
 from compose.training import vae
 from compose.training.data import ARCHIVE, captions
 from compose.training.data.concepts import BASE_STYLES, COLOR_NAMES, PATTERNS
@@ -560,6 +555,12 @@ def measure_edits(studio: Studio, report: Report, count: int) -> None:
 
 def measure_retrieval(studio: Studio, report: Report, count: int) -> None:
     """The right card first among hand-made near misses, and none where none is needed (retrieval_data.py)."""
+    from compose.retrieval.card import from_dict  # here, since the rows that draw need no FAISS
+    from compose.retrieval.clip import Clip
+    from compose.retrieval.index import Index
+    from compose.retrieval.library import Library
+    from compose.retrieval.select import select
+
     clip = Clip.load(studio.clip, studio.base)
     with tempfile.TemporaryDirectory() as folder:
         library = Library.open(Path(folder), starter=studio.folder)

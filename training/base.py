@@ -52,6 +52,7 @@ OPTIONS = (
     ("edits", int, "edits kept as latents per process (base)"),
     ("deck", int, "captioned scenes per process (clip)"),
     ("rate", float, "highest learning rate"),
+    ("seed", int, "of scenes and batches; a run that goes on should have a new one (base)"),
     ("distill_seconds", float, "time budget of the distillation (base)"),
     ("every", int, "steps between two lines of progress"),
 )
@@ -74,7 +75,9 @@ class BaseSettings:
     edit_batch: int = 640
     cache: int = 500_000  # text-to-image scenes kept as latents per process
     edits: int = 200_000
-    rate: float = 5e-3  # Muon's; AdamW alone wants 2e-3
+    rate: float = 5e-3  # Muon's, for the matrices of the blocks
+    share: float = 0.4  # of it, for everything else (AdamW)
+    decay: float = 0.05  # weight decay of the matrices
     steps: int = 40_000
     seconds: float = 440.0
     average: float = 0.999
@@ -334,7 +337,9 @@ def prepare(settings: BaseSettings, archive: Path, out: Path) -> Bench:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and BLOCK.search(name)]
     hidden = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in hidden]
-    optimizer = Muon(matrices, others, lr=settings.rate)
+    optimizer = Muon(
+        matrices, others, lr=settings.rate, share=settings.share, weight_decay=settings.decay
+    )
     schedule = loop.Schedule(
         peak=settings.rate, steps=settings.steps, seconds=settings.seconds, warmup=500, pause=settings.pause
     )
@@ -360,7 +365,7 @@ def run_steps(bench: Bench, loss_of: Callable[[bool], Tensor], name: str, keep: 
     samples = 0
     while not schedule.ended(world):
         for group in bench.optimizer.param_groups:
-            group["lr"] = schedule.rate()
+            group["lr"] = schedule.rate() * group.get("share", 1.0)
         edit = schedule.step % 3 == 2
         loss = loss_of(edit)
         loss.backward()

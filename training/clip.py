@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer
 
 from . import loop
 from .data import captions
+from .data.concepts import load_concepts
 from .data.pictures import STYLES
 from .data.scenes import Captioned, Composer, Laid, Pictures, Sampler
 from .tokenizer import CLIP_LENGTH
@@ -29,6 +30,7 @@ PARTS = ("base", "zoo", "test")
 class ClipSettings:
     batch: int = 1024
     phrases: int = 1024  # groups of which two phrases are taken
+    told: float = 0.4  # the share of them that are concepts of the picture set
     deck: int = 300_000  # captioned scenes per process
     rate: float = 1e-3
     steps: int = 60_000
@@ -105,21 +107,33 @@ class Sentences:
         self.sizes = file["group"].long().bincount()
         self.sizes = self.sizes[self.sizes > 0].to(device)
         self.starts = self.sizes.cumsum(0) - self.sizes
+        self.concepts = int(file["group"].unique().lt(len(load_concepts())).sum())
 
-    def sample(self, groups: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(token ids, teacher vectors) of two phrases from each of `groups` random groups: rows i and i + groups."""
+    def sample(self, groups: int, told: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(token ids, teacher vectors) of two phrases from each of `groups` random groups: rows i and i + groups. The
+        share `told` of them are concepts'."""
         device = self.tokens.device
-        chosen = torch.randperm(len(self.sizes), device=device, generator=generator)[:groups].repeat(2)
+        ours = min(self.concepts, round(told * groups))
+        others = len(self.sizes) - self.concepts
+        chosen = torch.cat([
+            torch.randperm(self.concepts, device=device, generator=generator)[:ours],
+            torch.randperm(others, device=device, generator=generator)[: groups - ours] + self.concepts,
+        ]).repeat(2)  # fmt: skip
         pick = torch.rand(len(chosen), device=device, generator=generator)
         rows = self.starts[chosen] + (pick * self.sizes[chosen]).long()
         return self.tokens[rows], self.vectors[rows]
 
 
-def meaning_loss(student: Tensor, temperature: float = 0.05) -> Tensor:
-    """InfoNCE over pairs of phrases that mean one thing (rows i and i + n / 2): a reverse dictionary."""
+def meaning_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05, same: float = 0.8) -> Tensor:
+    """InfoNCE over pairs of phrases that mean one thing (rows i and i + n / 2): a reverse dictionary. What the teacher
+    finds nearer than `same` is no negative."""
     one, two = F.normalize(student.float(), dim=-1).chunk(2)
-    scores = one @ two.T / temperature
     right = torch.arange(len(one), device=one.device)
+    theirs, ours = teacher.chunk(2)
+    alike = (torch.stack([theirs @ theirs.T, theirs @ ours.T, ours @ ours.T]).amax(0) > same).fill_diagonal_(
+        False
+    )
+    scores = (one @ two.T / temperature).masked_fill(alike, -1e4)
     return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
 
 
@@ -162,7 +176,7 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
         rows = torch.randint(len(tokens), (settings.batch,), device=world.device, generator=generator)
         images = composer.render(laid.pick(rows), schedule.step * world.size + world.rank)
         images = images + torch.randn(len(images), 1, 1, 1, device=world.device, generator=generator) * 0.03
-        phrase, vectors = taught.sample(settings.phrases, generator)
+        phrase, vectors = taught.sample(settings.phrases, settings.told, generator)
         with loop.half(world.device):
             seen = F.normalize(model.encode_image(images), dim=-1)
             said = model.encode_text(torch.cat([tokens[rows], phrase]))
@@ -171,7 +185,7 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
                 seen.float(), F.normalize(ours.float(), dim=-1), model.logit_scale.exp().float()
             )
             meant = sentence(theirs)
-            loss_words, loss_same = sentence_loss(meant, vectors), meaning_loss(meant)
+            loss_words, loss_same = sentence_loss(meant, vectors), meaning_loss(meant, vectors)
         (loss_pairs + loss_words + loss_same).backward()
         loop.average_gradients(parameters, world)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -31,7 +31,9 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """`matrices` (2-D) learn by Muon, `others` by AdamW, all at one rate."""
+    """`matrices` (2-D) learn by Muon, `others` by AdamW at `share` of its rate and without weight decay.
+
+    A group's "share" is the factor on the learning rate that a schedule must keep."""
 
     def __init__(
         self,
@@ -39,14 +41,16 @@ class Muon(torch.optim.Optimizer):
         others: Iterable[nn.Parameter],
         *,
         lr: float,
+        share: float = 0.4,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.98),
-        weight_decay: float = 0.01,
+        weight_decay: float = 0.05,
     ):
-        groups = [{"params": list(matrices), "muon": True}, {"params": list(others), "muon": False}]
-        super().__init__(
-            groups, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay}
-        )
+        groups = [
+            {"params": list(matrices), "muon": True, "share": 1.0, "lr": lr, "weight_decay": weight_decay},
+            {"params": list(others), "muon": False, "share": share, "lr": lr * share, "weight_decay": 0.0},
+        ]
+        super().__init__(groups, {"momentum": momentum, "betas": betas})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

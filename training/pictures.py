@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 from PIL import ImageOps, UnidentifiedImageError
 
 from compose.errors import TrainingError
+from compose.pictures import eight_bit
 
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 TEMPLATE = "a picture of {trigger}"
@@ -38,7 +38,7 @@ def read_folder(folder: Path, trigger: str, template: str = TEMPLATE) -> list[Pi
     """
     if not folder.is_dir():
         raise TrainingError(f"'{folder}' is not a folder; give --images a folder of pictures")
-    paths = sorted(path for path in folder.rglob("*") if _is_picture(path, folder))
+    paths = sorted(path for path in folder.rglob("*") if is_picture(path, folder))
     if not paths:
         raise TrainingError(f"no pictures in '{folder}'; it should hold {', '.join(sorted(ENDINGS))} files")
     listed = _listed(folder / "metadata.jsonl", paths)
@@ -46,7 +46,8 @@ def read_folder(folder: Path, trigger: str, template: str = TEMPLATE) -> list[Pi
     return [Picture(source=path, caption=_caption(path, listed, trigger, blank)) for path in paths]
 
 
-def _is_picture(path: Path, folder: Path) -> bool:
+def is_picture(path: Path, folder: Path) -> bool:
+    """Whether a file below `folder` is one by its ending, and not hidden."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return path.suffix.lower() in ENDINGS and not hidden and path.is_file()
 
@@ -109,11 +110,12 @@ def square(picture: Picture, side: int) -> PIL.Image.Image:
 
     Raises TrainingError for a file that is no readable picture.
     """
-    image = picture.source if isinstance(picture.source, PIL.Image.Image) else _open(picture.source)
-    return ImageOps.fit(_rgb(image), (side, side), method=PIL.Image.Resampling.LANCZOS)
+    image = picture.source if isinstance(picture.source, PIL.Image.Image) else open_picture(picture.source)
+    return ImageOps.fit(rgb(image), (side, side), method=PIL.Image.Resampling.LANCZOS)
 
 
-def _open(path: Path) -> PIL.Image.Image:
+def open_picture(path: Path) -> PIL.Image.Image:
+    """The picture in a file, upright. Raises TrainingError for a file that is no readable picture."""
     try:
         with PIL.Image.open(path) as image:
             image.load()
@@ -128,18 +130,11 @@ def _open(path: Path) -> PIL.Image.Image:
         raise TrainingError(f"'{path}' is not a readable picture: {error}") from error
 
 
-def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bit(image)
+def rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture of any mode in 8-bit RGB, on white where it is transparent."""
+    image = eight_bit(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = PIL.Image.new("RGBA", image.size, (*_PAPER, 255))
         image = PIL.Image.alpha_composite(paper, image)
     return image.convert("RGB")
-
-
-def _eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
-    """16-bit grey brought down to 8: Pillow's own conversion clips everything above 255 to white."""
-    levels = np.asarray(image, dtype=np.float64)
-    top = 65535.0 if levels.max(initial=0) > 255 else 255.0
-    return PIL.Image.fromarray((levels.clip(0, top) * (255.0 / top)).astype(np.uint8))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 from benchmarks import judge as judging
 from benchmarks.composition.studio import Drawn
 from benchmarks.composition.testbed import Case, Element
-from compose.retrieval.index import Encoder
+
+if TYPE_CHECKING:
+    from compose.retrieval.index import Encoder
 
 TOP = 5  # a concept is there when it is among the judge's first five, as in the rows two_objects and regions
 SIDE, WINDOW = 128, 64  # pixels of a whole picture and of a part, as the judge was trained

@@ -55,8 +55,8 @@ def test_it_learns():
 
 def test_biases_follow_adamw():
     ours, theirs = model(), model()
-    opt = Muon([], ours.parameters(), lr=0.01, weight_decay=0.1)
-    adam = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.1)
+    opt = Muon([], ours.parameters(), lr=0.02, share=0.5)
+    adam = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.0)
     learn(ours, opt, range(5))
     learn(theirs, adam, range(5))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):

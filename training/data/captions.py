@@ -53,6 +53,7 @@ PLACES = {
     "small": ("", "very small"),
     "large": ("", "filling the picture"),
 }
+DESCRIBED = 0.8  # names other than the label are descriptions above this roll
 SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
 
 
@@ -66,10 +67,12 @@ class Ground:
 
 
 def name_of(concept: Concept, rng: random.Random, plain: float = 0.55) -> str:
-    """One way to say a concept: its label with probability `plain`, else another name or a tagged description."""
-    if rng.random() < plain or (len(concept.names) == 1 and not concept.loose):
+    """One way to say a concept: its label with probability `plain`, else another name or a description."""
+    if rng.random() < plain:
         return concept.label
     roll = rng.random()
+    if concept.described and roll > DESCRIBED:
+        return rng.choice(concept.described)
     if concept.loose and roll < 0.12:
         return rng.choice(concept.loose)
     if concept.tags and roll < 0.24:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 NEAR = 0.35  # sentence-embedding cosine; below it tags are moods or topics ("classy", "consider"), not names
 SPLIT_FILE = Path(__file__).with_name("split.json")
+DESCRIPTIONS = Path(__file__).with_name("descriptions.tsv")  # slug TAB phrase|phrase|..., written by hand
 
 BASE_STYLES = ("noto", "twemoji", "fluent-flat", "emojione", "streamline")
 HELD_OUT_STYLES = ("fluent-3d", "fluent-gradient", "high-contrast", "noto-v1", "emojione-mono")
@@ -52,7 +54,7 @@ PATTERNS = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Concept:
     """One drawable thing. `names` are unambiguous ways to say it (the label first), `loose` ones that it shares
-    with one other concept."""
+    with one other concept, `described` longer phrases that mean it ("bushy-tailed forest animal")."""
 
     slug: str
     part: str
@@ -61,6 +63,7 @@ class Concept:
     tags: tuple[str, ...]
     names: tuple[str, ...]
     loose: tuple[str, ...]
+    described: tuple[str, ...] = ()
 
 
 def make_split(
@@ -119,14 +122,27 @@ def load_concepts(path: Path = SPLIT_FILE) -> dict[str, Concept]:
     said = {slug: _ways(row) for slug, row in rows.items()}
     count = Counter(way for ways in said.values() for way in ways)
     labels = {row["label"].lower() for row in rows.values()}
-    return {slug: _concept(slug, row, said[slug], count, labels) for slug, row in rows.items()}
+    told = descriptions()
+    return {
+        slug: _concept(slug, row, said[slug], count, labels, told.get(slug, ()))
+        for slug, row in rows.items()
+    }
+
+
+@functools.cache
+def descriptions(path: Path = DESCRIPTIONS) -> dict[str, tuple[str, ...]]:
+    """Phrases that describe each concept without (mostly) naming it, by slug."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {slug: tuple(phrases.split("|")) for slug, _, phrases in (line.partition("\t") for line in lines)}
 
 
 def _ways(row: dict) -> set[str]:
     return {row["label"].lower(), *row["names"]}
 
 
-def _concept(slug: str, row: dict, said: set[str], count: Counter[str], labels: set[str]) -> Concept:
+def _concept(
+    slug: str, row: dict, said: set[str], count: Counter[str], labels: set[str], described: tuple[str, ...]
+) -> Concept:
     label = row["label"].lower()
     others = sorted(
         way
@@ -141,4 +157,5 @@ def _concept(slug: str, row: dict, said: set[str], count: Counter[str], labels: 
         tags=tuple(row["tags"]),
         names=(label, *(way for way in others if count[way] == 1)),
         loose=tuple(way for way in others if count[way] == 2),
+        described=described,
     )

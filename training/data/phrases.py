@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from compose.errors import ComposeError
@@ -100,7 +100,7 @@ def write_dictionary(out: Path, cache: Path) -> int:
 
 
 def concept_groups(concepts: dict[str, Concept]) -> list[list[str]]:
-    """Every concept's names, alone, in short sentences, and with its tags."""
+    """Every concept's names, alone, in short sentences, and with its tags, and its descriptions; then each tag alone."""
     groups = []
     for concept in concepts.values():
         names = (*concept.names, *concept.loose)
@@ -108,10 +108,23 @@ def concept_groups(concepts: dict[str, Concept]) -> list[list[str]]:
             [
                 f"{concept.label}, {', '.join(concept.tags[:6])}",
                 *(lead.format(name) for name in names for lead in LEADS),
+                *concept.described,
             ]
         )
     tags = sorted({tag.lower() for c in concepts.values() for tag in c.tags})
     return groups + [[tag] for tag in tags]
+
+
+def vectors_of(phrases: list[str], earlier: Path) -> torch.Tensor:
+    """Embeddings as int8, (n, 384), scaled by 127 / 0.3; those that the file `earlier` has are taken from it."""
+    known: dict[str, torch.Tensor] = {}
+    if earlier.exists():
+        file = load_file(earlier)
+        known = dict(zip(bytes(file["text"].numpy()).decode().split("\n"), file["vectors"], strict=True))
+    new = [phrase for phrase in phrases if phrase not in known]
+    fresh = (embed(new) * (127 / 0.3)).round().clamp(-127, 127).to(torch.int8)
+    known |= zip(new, fresh, strict=True)
+    return torch.stack([known[phrase] for phrase in phrases])
 
 
 @torch.no_grad()
@@ -137,12 +150,12 @@ def embed(phrases: list[str], batch: int = 64) -> torch.Tensor:
 
 
 def build(out: Path, cache: Path, most: int = 90_000) -> int:
-    """Write phrases (utf-8, one a line), int8 embeddings (scaled by 127 / 0.3) and the number of each phrase's group to
-    one safetensors file. A phrase belongs to the first group that has it."""
+    """Write phrases (utf-8, one a line), their embeddings (`vectors_of`) and the number of each phrase's group (the
+    concepts' first) to one safetensors file. A phrase belongs to the first group that has it."""
     groups = [*concept_groups(load_concepts()), *wordnet_groups(cache, most)]
     owner = {phrase: number for number, group in reversed(list(enumerate(groups))) for phrase in group}
     phrases = list(owner)
-    vectors = (embed(phrases) * (127 / 0.3)).round().clamp(-127, 127).to(torch.int8)
+    vectors = vectors_of(phrases, out)
     text = torch.frombuffer(bytearray("\n".join(phrases).encode()), dtype=torch.uint8)
     save_file(
         {"text": text, "vectors": vectors, "group": torch.tensor(list(owner.values()), dtype=torch.int32)},

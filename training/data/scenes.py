@@ -131,7 +131,8 @@ class Sampler:
             items, things = self.row(slugs, False), captions.triple([self.say(slug) for slug in slugs], rng)
         else:
             number, slug = rng.choice((2, 3, 4)), rng.choice(pick)
-            items, things = self.row((slug,) * number, False), captions.counted(self.say(slug), number, rng)
+            name = rng.choice((self.concepts[slug].label, *self.concepts[slug].names))
+            items, things = self.row((slug,) * number, False), captions.counted(name, number, rng)
         return self._captioned(Scene(style=style, items=items, ground=self.ground(style)), things)
 
     def _captioned(self, scene: Scene, things: str) -> Captioned:
