@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
@@ -35,7 +36,7 @@ def read_picture(source: str, what: str = "image", mode: str = "RGB") -> Picture
     data = _bytes(source, what)
     try:
         with PIL.Image.open(io.BytesIO(data)) as image:
-            upright = PIL.ImageOps.exif_transpose(image).convert(mode)
+            upright = eight_bit(PIL.ImageOps.exif_transpose(image)).convert(mode)
     except (
         PIL.UnidentifiedImageError,
         PIL.Image.DecompressionBombError,
@@ -45,6 +46,15 @@ def read_picture(source: str, what: str = "image", mode: str = "RGB") -> Picture
     ) as error:
         raise RequestError(f"the {what} '{source[:80]}' is not a picture that can be read: {error}") from None
     return Picture(image=upright, sha256=hashlib.sha256(data).hexdigest())
+
+
+def eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
+    """16-bit grey and floats brought down to 8 bits: Pillow's own conversion clips everything above 255 to white."""
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    levels = np.asarray(image, dtype=np.float64)
+    top = 65535.0 if levels.max(initial=0) > 255 else 255.0
+    return PIL.Image.fromarray((levels.clip(0, top) * (255.0 / top)).astype(np.uint8))
 
 
 def _bytes(source: str, what: str) -> bytes:

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -232,6 +232,29 @@ class ComposePipeline:
                 found[item.name] = measure(pipe, adapter, args, weight=item.weight, seed=_seed(order, 0))
             progress("measuring", len(order.adapters), len(order.adapters))
         return found
+
+    def described(self, name: str, library: Library | None = None) -> tuple[Path, dict[str, str]]:
+        """The file of an adapter that a user named, and what it says of itself. Raises ComposeError."""
+        path = Path(str(_named(Pick(name=name), library).card.path))
+        return path, dict(read_metadata(resolve(str(path))))
+
+    @contextmanager
+    def composing(
+        self, request: Request, mode: str, *, library: Library | None = None, progress: Progress = silent
+    ) -> Iterator[tuple[DiffusionPipeline, Record]]:
+        """The diffusers pipeline of `mode` (text, image, mask, edit) with the request's adapters in it, for calls of
+        one's own, and the record of what was used. Raises ComposeError as a call does, and for a mode that the base
+        has not.
+        """
+        if mode not in self.kind.pipelines:
+            raise RequestError(
+                f"base '{self.name}' ({self.kind.name}) has no {mode} mode, only {', '.join(self.kind.pipelines)}"
+            )
+        with self._lock:
+            order = dataclasses.replace(self._prepare(request, library, progress), mode=mode)
+            pipe = self._view(mode)
+            with loading.threads(order.record.place.get("threads")), self._composition(pipe, order):
+                yield pipe, order.record
 
     def _request(self, prompt: str, fields: Mapping[str, Any]) -> Request:
         given = {"prompt": prompt, "base": self.name, **fields}

@@ -42,7 +42,11 @@ class Defect:
     @property
     def spec(self) -> str:
         """How `parse` reads it."""
-        return f"{self.task}:{self.low:g}" if self.low == self.high else f"{self.task}:{self.low:g}-{self.high:g}"
+        return (
+            f"{self.task}:{self.low:g}"
+            if self.low == self.high
+            else f"{self.task}:{self.low:g}-{self.high:g}"
+        )
 
     def __call__(self, picture: Tensor, generator: Generator) -> Tensor:
         """The picture with this defect, rounded to 8 bits as a file would hold it."""

@@ -40,7 +40,9 @@ from compose.training.examples import text_encoders
 from compose.training.objectives import Batch, Loss, Objective, objective_of
 
 Source = Callable[[torch.Generator], Batch]  # draws a batch with the step's own generator (on the CPU)
-Watch = Callable[[int, float], None]  # told after every step: steps done, smoothed loss
+Watch = Callable[
+    [int, float], object
+]  # told after every step: steps done, smoothed loss; `True` ends the run, as if its steps were done
 
 _NAME = "compose"  # of the adapter inside peft while it is trained
 _ATTENTION = re.compile(r"(.*\.)?attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)")
@@ -197,7 +199,7 @@ def train(
         pipe,
         source,
         out,
-        _adapted,
+        adapted,
         base=base,
         loss=loss,
         resume=resume,
@@ -340,7 +342,7 @@ def frozen(place: Place, settings: Settings, parts: Mapping[str, nn.Module]) -> 
 
 
 @contextmanager
-def _adapted(place: Place, settings: LoraSettings) -> Iterator[Inserted]:
+def adapted(place: Place, settings: LoraSettings) -> Iterator[Inserted]:
     """Put fresh LoRA layers into the denoiser (and the text encoders), and take them out again, whatever happens."""
     parts = place.parts(settings)
     targets = {
@@ -445,8 +447,8 @@ class _Run:
                 bar.update()
                 if self.done % _LOOK_EVERY == 0:
                     bar.set_postfix(loss=f"{self.look():.4f}")
-                if watch is not None:
-                    watch(self.done, self.look())
+                if watch is not None and watch(self.done, self.look()) is True:
+                    break
                 self.keep(stop.is_set())
         return self.look()
 

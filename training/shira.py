@@ -135,7 +135,7 @@ def train(
     `mask_fn` replaces the settings' mask by one of peft's kind. Raises RequestError or TrainingError for a mask that
     selects nothing or more than half of a weight, and for weights that are stored quantised.
     """
-    insert = functools.partial(_inserted, mask_fn=mask_fn)
+    insert = functools.partial(inserted, mask_fn=mask_fn)
     return fit(
         settings,
         pipe,
@@ -151,7 +151,7 @@ def train(
 
 
 @contextmanager
-def _inserted(place: Place, settings: ShiraSettings, mask_fn: MaskFn | None) -> Iterator[Inserted]:
+def inserted(place: Place, settings: ShiraSettings, mask_fn: MaskFn | None = None) -> Iterator[Inserted]:
     """Put sparse layers in the place of those that learn, and the layers with their own weights back."""
     parts = place.parts(settings)
     with frozen(place, settings, parts):
