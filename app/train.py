@@ -12,6 +12,7 @@ TRAINERS: dict[str, tuple[str, str]] = {
         "compose.app.train_shira",
         "the same as a sparse adapter, which switches in place and fuses cleanly",
     ),
+    "zoo": ("compose.training.zoo", "train thousands of LoRAs at once, for the weight encoder to learn from"),
     "base": ("compose.training.base", "train the bundled base, stage by stage"),
 }
 __all__ = ["TRAINERS", "add_arguments", "run"]

@@ -104,9 +104,9 @@ def layers_in(model: nn.Module, targets: str) -> list[str]:
 
 
 class Stack:
-    """Factors of `jobs` adapters in one tensor, (jobs, numbers); each layer's factors and their gradients are views
-    of it, so that an optimiser step is a handful of operations. `attach` puts them into the model, `detach` takes
-    them out again; between, `start` gives the slots to other jobs without changing any module."""
+    """Factors of `jobs` adapters in one tensor, (jobs, numbers), of which each layer's factors are views, so that an
+    optimiser step is a handful of operations. `attach` puts them into the model, `detach` takes them out again; between,
+    `start` gives the slots to other jobs without changing any module."""
 
     def __init__(self, model: nn.Module, targets: str, jobs: int, rank: int):
         self.model, self.targets, self.rank = model, targets, rank
@@ -114,7 +114,6 @@ class Stack:
         device = next(model.parameters()).device
         size = sum(rank * (layer.in_features + layer.out_features) for layer in linears.values())
         self.weights = torch.zeros(jobs, size, device=device)
-        self.gradients = torch.zeros_like(self.weights)
         self.layers: dict[str, Stacked] = {}
         place = 0
         for path, layer in linears.items():
@@ -124,10 +123,12 @@ class Stack:
             place += down[0].numel() + up[0].numel()
 
     def _parameter(self, start: int, rows: int, columns: int) -> nn.Parameter:
-        part = slice(start, start + rows * columns)
-        parameter = nn.Parameter(self.weights[:, part].unflatten(1, (rows, columns)))
-        parameter.grad = self.gradients[:, part].unflatten(1, (rows, columns))
-        return parameter
+        return nn.Parameter(self.weights[:, start : start + rows * columns].unflatten(1, (rows, columns)))
+
+    def gradients(self, loss: Tensor) -> Tensor:
+        """Of a loss, like `weights`."""
+        parameters = [factor for layer in self.layers.values() for factor in (layer.down, layer.up)]
+        return torch.cat([part.flatten(1) for part in torch.autograd.grad(loss, parameters)], dim=1)
 
     def attach(self) -> None:
         for path, layer in self.layers.items():
@@ -142,7 +143,6 @@ class Stack:
         """Fresh factors: `down` random as each job says, on its own rank and layers, `up` zero. Slots beyond `jobs`
         are zero and stay so."""
         self.weights.zero_()
-        self.gradients.zero_()
         for slot, job in enumerate(jobs):
             if job.rank > self.rank:
                 raise TrainingError(f"{job.name} has rank {job.rank}; the stack has room for {self.rank}")
@@ -185,19 +185,17 @@ class JobAdam:
         self.done = 0
 
     @torch.no_grad()
-    def step(self, share: float) -> None:
-        """One step at `share` of each job's own rate; gradients are zero afterwards."""
-        weights, gradients = self.stack.weights, self.stack.gradients
+    def step(self, gradients: Tensor, share: float) -> None:
+        """One step at `share` of each job's own rate; `gradients` are changed."""
+        weights, rates = self.stack.weights, self.rates * share
         self.done += 1
         norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
         gradients.mul_((CLIP / (norms + 1e-6)).clamp(max=1))
         self.first.lerp_(gradients, 1 - BETAS[0])
         self.second.mul_(BETAS[1]).addcmul_(gradients, gradients, value=1 - BETAS[1])
-        rates = self.rates * share
         spread = (self.second.sqrt() / math.sqrt(1 - BETAS[1] ** self.done)).add_(EPS)
         weights.mul_(1 - rates * DECAY)
         weights.sub_(self.first / spread * (rates / (1 - BETAS[0] ** self.done)))
-        gradients.zero_()
 
 
 def share_of_rate(step: int, steps: int) -> float:
@@ -381,8 +379,7 @@ def train(
         batch = lessons.draw(step, settings)
         predicted = denoiser(batch.noisy, batch.time, batch.words, 1.0)
         losses = (predicted - batch.velocity).square().unflatten(0, (len(jobs), -1)).mean((1, 2, 3))
-        losses.sum().backward()
-        adam.step(share_of_rate(step, settings.steps))
+        adam.step(stack.gradients(losses.sum()), share_of_rate(step, settings.steps))
         if step >= settings.steps - tail:
             last += losses.detach() / tail
         if step == 2 or (step + 1) % settings.every == 0:

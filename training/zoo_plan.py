@@ -142,7 +142,7 @@ class Writer:
         style = rng.choice(have or self.drawn_in(slug))
         ground = sampler.ground(style)
         if rng.random() < 0.2 and style in sampler.have:
-            other = rng.choice([name for name in sampler.have[style] if name != slug])
+            other = rng.choice(self._others(slug, sampler.have[style]))
             order = (slug, other) if rng.random() < 0.5 else (other, slug)
             said = {slug: trigger, other: self.pictures.concepts[other].label}
             items, things = (
@@ -154,6 +154,11 @@ class Writer:
             items, things = (sampler.item(slug, place),), captions.single(trigger, place, rng)
         scene = Scene(style=style, items=items, ground=ground)
         return Captioned(scene=scene, caption=captions.assemble(things, style, ground, rng))
+
+    def _others(self, slug: str, among: Sequence[str]) -> list[str]:
+        """Concepts whose label shares no word with this one's: a caption must not name the subject."""
+        concepts, own = self.pictures.concepts, set(self.pictures.concepts[slug].label.split())
+        return [name for name in among if not own & set(concepts[name].label.split())]
 
     def drawn_in(self, slug: str) -> list[str]:
         """Base styles that draw a concept, or else any."""
