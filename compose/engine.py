@@ -289,7 +289,8 @@ class Composition:
         """All branches of a nominal run."""
         for index in range(NOMINAL_STEPS):
             for picture in range(self.pictures):
-                yield from self._plan(Step(index=index, count=NOMINAL_STEPS, sigma=1.0), picture)
+                sigma = 1 - index / NOMINAL_STEPS
+                yield from self._plan(Step(index=index, count=NOMINAL_STEPS, sigma=sigma), picture)
 
     def _mixes(self) -> list[Mix]:
         """Distinct mixes of a nominal run of the denoiser."""
@@ -305,8 +306,9 @@ class Composition:
         for mix in self._mixes():
             for name, weight in mix.weights.items():
                 if isinstance(weight, Mapping) and name in named:
-                    for pattern in weight:
-                        matching(pattern, [*named[name].deltas, *named[name].biases])
+                    sites = dict.fromkeys((*named[name].deltas, *named[name].biases))
+                    for pattern in [each for each in weight if each not in sites]:
+                        matching(pattern, sites)
 
     def _touching(self, adapters: Sequence[Adapter], components: Sequence[str]) -> list[str]:
         """Names of the adapters that change any of these components."""

@@ -101,7 +101,8 @@ class Context:
     """What a policy may know before the first step.
 
     `prompts`: one per picture. `triggers`: adapter -> the words that call it. `encode`: text -> embedding, to measure
-    how much words matter. `cards` and `profiles` are free for policies that read them; `seconds` is a time budget.
+    how much words matter. `cards` and `profiles` are free for policies that read them; `seconds` is a time budget;
+    `course`: what a light gate says, (prompt, stretches) -> compose.policies.gated.Course.
     """
 
     prompts: Sequence[str] = ()
@@ -110,6 +111,7 @@ class Context:
     cards: Mapping[str, Any] = field(default_factory=dict)
     profiles: Mapping[str, Any] = field(default_factory=dict)
     seconds: float | None = None
+    course: Callable[[str, int], Any] | None = None
 
 
 class Policy:

@@ -177,7 +177,7 @@ def site_weights(weight: Weight, names: Sequence[str]) -> dict[str, float]:
         return dict.fromkeys(names, float(weight))
     weights = dict.fromkeys(names, 0.0)
     for pattern, value in weight.items():
-        for name in matching(pattern, names, strict=False):
+        for name in (pattern,) if pattern in weights else matching(pattern, names, strict=False):
             weights[name] = float(value)
     return weights
 

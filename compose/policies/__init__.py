@@ -16,6 +16,7 @@ from compose.policies.auto import Auto
 from compose.policies.blocks import Blocks
 from compose.policies.cached import Cached
 from compose.policies.composite import Composite
+from compose.policies.gated import Gated
 from compose.policies.merge import Merge
 from compose.policies.regions import Regions
 from compose.policies.schedule import Schedule, window
@@ -26,6 +27,7 @@ POLICIES: dict[str, type[Policy]] = {
     "switch": Switch,
     "composite": Composite,
     "cached": Cached,
+    "gated": Gated,
     "regions": Regions,
     "auto": Auto,
 }
@@ -35,6 +37,7 @@ __all__ = [
     "Blocks",
     "Cached",
     "Composite",
+    "Gated",
     "Merge",
     "Regions",
     "Schedule",
