@@ -27,13 +27,16 @@ class Batch:
     """`latents` (B, C, h, w) as the denoiser sees them; `text`: prompt_embeds (B, T, D) and, where the family has it,
     pooled_prompt_embeds (B, P). `captions`, one per row, stand in for `text` while text encoders are trained.
     `reference` (B, C, h', w') is the picture that a Kontext model is told to edit. `moments` (B,) in (0, 1) are
-    quantiles of the noise level to take the loss at, drawn at random where they are not given."""
+    quantiles of the noise level to take the loss at, and `noise`, like the latents, is what is added; both are drawn at
+    random where they are not given. `apart` asks for the loss of each row, (B,), instead of their mean."""
 
     latents: Tensor
     text: Text | None = None
     captions: Sequence[str] = ()
     reference: Tensor | None = None
     moments: Tensor | None = None
+    noise: Tensor | None = None
+    apart: bool = False
 
 
 Loss = Callable[[Batch, torch.Generator], Tensor]
@@ -97,19 +100,23 @@ def _sd15_text(pipe: Any, captions: Sequence[str], length: int | None) -> Text:
 
 
 def flow_point(
-    latents: Tensor, generator: torch.Generator, moments: Tensor | None = None
+    latents: Tensor,
+    generator: torch.Generator,
+    moments: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A point on the straight path from picture to noise, its time, and the velocity there.
 
     x_t = (1 - t) x0 + t eps, v = eps - x0, t = sigmoid(N(0, 1)) (rectified flow, logit-normal: arXiv 2403.03206).
     Returns x_t (B, C, h, w), t (B,) in (0, 1), v (B, C, h, w). `generator` is on the CPU, so every device draws alike;
-    `moments` (B,) are quantiles of t instead.
+    `moments` (B,) are quantiles of t and `noise` is eps instead.
     """
     level = (
         torch.randn(len(latents), generator=generator) if moments is None else torch.special.ndtri(moments)
     )
     time = level.sigmoid().to(latents.device, torch.float32)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    if noise is None:
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
     share = time.view(-1, 1, 1, 1).to(latents)
     return (1 - share) * latents + share * noise, time, noise - latents
 
@@ -126,13 +133,20 @@ def places_of(latents: Tensor, picture: int = 0) -> Tensor:
     return F.pad(where, (1, 0), value=picture).to(latents.device, torch.float32)
 
 
+def _error(predicted: Tensor, target: Tensor, apart: bool) -> Tensor:
+    """Mean squared error in float32, over everything or (B,) row by row."""
+    if not apart:
+        return F.mse_loss(predicted.float(), target.float())
+    return F.mse_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(1)
+
+
 def flux_loss(pipe: Any, guidance: float) -> Loss:
     """Flow matching on FLUX.1 and Kontext; `guidance` goes into a distilled model's own input, where 1 asks for the
     plain conditional velocity."""
     model = pipe.transformer
 
     def loss(batch: Batch, generator: torch.Generator) -> Tensor:
-        noisy, time, velocity = flow_point(batch.latents, generator, batch.moments)
+        noisy, time, velocity = flow_point(batch.latents, generator, batch.moments, batch.noise)
         shown = [noisy] if batch.reference is None else [noisy, batch.reference]
         text = batch.text["prompt_embeds"]
         guided = torch.full_like(time, guidance) if model.config.guidance_embeds else None
@@ -147,7 +161,7 @@ def flux_loss(pipe: Any, guidance: float) -> Loss:
             return_dict=False,
         )[0]
         target = tokens_of(velocity)
-        return F.mse_loss(predicted[:, : target.shape[1]].float(), target.float())
+        return _error(predicted[:, : target.shape[1]], target, batch.apart)
 
     return loss
 
@@ -157,7 +171,7 @@ def sd3_loss(pipe: Any, guidance: float) -> Loss:
     model = pipe.transformer
 
     def loss(batch: Batch, generator: torch.Generator) -> Tensor:
-        noisy, time, velocity = flow_point(batch.latents, generator, batch.moments)
+        noisy, time, velocity = flow_point(batch.latents, generator, batch.moments, batch.noise)
         predicted = model(
             hidden_states=noisy.to(model.dtype),
             timestep=time * pipe.scheduler.config.num_train_timesteps,
@@ -165,7 +179,7 @@ def sd3_loss(pipe: Any, guidance: float) -> Loss:
             pooled_projections=batch.text["pooled_prompt_embeds"].to(model.dtype),
             return_dict=False,
         )[0]
-        return F.mse_loss(predicted.float(), velocity.float())
+        return _error(predicted, velocity, batch.apart)
 
     return loss
 
@@ -181,7 +195,9 @@ def unet_loss(pipe: Any, guidance: float) -> Loss:
         if batch.moments is not None:
             time = (batch.moments * count).long().clamp(max=count - 1)
         time = time.to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noise = batch.noise
+        if noise is None:
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
         by_velocity = schedule.config.prediction_type == "v_prediction"
         predicted = model(
             schedule.add_noise(latents, noise, time).to(model.dtype),
@@ -191,7 +207,7 @@ def unet_loss(pipe: Any, guidance: float) -> Loss:
             return_dict=False,
         )[0]
         target = schedule.get_velocity(latents, noise, time) if by_velocity else noise
-        return F.mse_loss(predicted.float(), target.float())
+        return _error(predicted, target, batch.apart)
 
     return loss
 
