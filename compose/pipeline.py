@@ -33,14 +33,19 @@ from compose.engine import Composition
 from compose.errors import AdapterError, RequestError
 from compose.formats import load, read_metadata, resolve
 from compose.formats.sparse import HEADER as SPARSE
+from compose.gates import Gates, embed, sizes_of
+from compose.gates import find as find_gate
+from compose.gates import load as load_gate
 from compose.pictures import Picture, as_uri, read_all, sized
 from compose.plan import Context, Policy
+from compose.policies.gated import Course
 from compose.preview import Look, Sketcher, Watch, blank, unwatched
 from compose.profile import KEY as PROFILE
 from compose.profile import Profile, of_card
 from compose.prompt import Pick, weave
 from compose.record import Applied, Record, Result
 from compose.request import Request
+from compose.sites import sites_of
 
 if TYPE_CHECKING:
     from compose.retrieval.card import Card
@@ -66,7 +71,7 @@ def silent(stage: str, done: int, total: int) -> None:
 class Order:
     """A request made ready to draw: every field filled, adapters loaded, prompt woven, pictures read.
 
-    `record` is what each picture will carry; `adapters` and `record.adapters` go in step.
+    `record` is what each picture will carry; `adapters` and `record.adapters` go in step; `gates` for policy 'gated'.
     """
 
     record: Record
@@ -74,6 +79,7 @@ class Order:
     adapters: tuple[Adapter, ...]
     policy: Policy | None
     pictures: Mapping[str, PIL.Image.Image]
+    gates: Gates | None = None
 
     @property
     def request(self) -> Request:
@@ -276,6 +282,7 @@ class ComposePipeline:
         adapters = self._open(uses, filled.force)
         text, woven = weave(filled.text, [t for use in uses for t in use.triggers] if filled.triggers else [])
         applied = tuple(_applied(use, adapter, woven) for use, adapter in zip(uses, adapters, strict=True))
+        gates = self._gates(filled, adapters)
         record = Record(
             request=filled,
             prompt=text,
@@ -283,14 +290,20 @@ class ComposePipeline:
             base_sha256=self.sha256,
             sampler=type(self._loaded.scheduler).__name__,
             adapters=applied,
-            inputs={what: picture.sha256 for what, picture in pictures.items()},
+            inputs={what: picture.sha256 for what, picture in pictures.items()}
+            | ({"gate": gates.sha256} if gates else {}),
             place=self._place(),
             versions=self.versions,
-            notes=(*notes, *_partly(adapters), *self._limits(filled, text)),
+            notes=(*notes, *_partly(adapters), *self._limits(filled, text), *self._strange(gates)),
         )
         return self._order(record, adapters, pictures)
 
     def _order(self, record: Record, adapters: tuple[Adapter, ...], pictures: Mapping[str, Picture]) -> Order:
+        gates = self._gates(record.request, adapters)
+        if gates is not None and gates.sha256 != record.inputs.get("gate"):
+            raise RequestError(
+                f"gate '{gates.name}' is not the one this picture was drawn with; its SHA-256 has changed"
+            )
         return Order(
             record=record,
             mode=bases.mode_of(self.kind, record.request),
@@ -299,7 +312,21 @@ class ComposePipeline:
             if adapters
             else None,
             pictures=sized(pictures, record.request),
+            gates=gates,
         )
+
+    def _gates(self, request: Request, adapters: Sequence[Adapter]) -> Gates | None:
+        """The gate of policy 'gated'; None for any other policy, and where fewer than two adapters leave nothing to
+        gate. Raises RequestError where there is none for this base."""
+        if request.policy != "gated" or len(adapters) < 2:
+            return None
+        gates = load_gate(find_gate(self.kind.families, self.sha256, str(request.options.get("gate", ""))))
+        gates.check(str(request.options.get("form", "full")), sites_of(self._loaded))
+        return gates
+
+    def _strange(self, gates: Gates | None) -> Iterator[str]:
+        if gates is not None and self.source is not None and gates.base_sha256 != self.sha256:
+            yield f"gate '{gates.name}' was trained on another base of this family"
 
     def _place(self) -> dict[str, str]:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
@@ -449,13 +476,29 @@ class ComposePipeline:
         items = order.record.adapters
         context = Context(
             prompts=[order.record.prompt],
-            triggers={item.name: item.trigger for item in items if item.trigger},
+            triggers=_triggers(order),
             encode=functools.partial(_embed, self._loaded),
             profiles={item.name: Profile.from_text(item.profile) for item in items if item.profile},
+            course=self._course(order),
         )
+        gates = {"full": order.gates.full} if order.gates and order.gates.full else {}
         backend = order.record.backend or order.request.backend
         cache = FeatureCache() if order.request.policy in CACHING else None
-        return Composition(pipe, order.adapters, order.policy, backend, context=context, cache=cache)
+        return Composition(
+            pipe, order.adapters, order.policy, backend, context=context, cache=cache, gates=gates
+        )
+
+    def _course(self, order: Order) -> Callable[[str, int], Course] | None:
+        """What the light gate says of a prompt under the order's adapters; None without one."""
+        light = order.gates.light if order.gates else None
+        if light is None:
+            return None
+        said, names = _triggers(order), [adapter.name for adapter in order.adapters]
+        triggers = embed(self._loaded, [said.get(name, name) for name in names])
+        sizes = sizes_of(order.adapters, light.shape.sites)
+        return lambda prompt, stretches: light.course(
+            embed(self._loaded, [prompt])[0], triggers, sizes, names, stretches
+        )
 
     def _call(
         self, pipe: DiffusionPipeline, order: Order, members: Sequence[int], steps: _Steps
@@ -614,6 +657,15 @@ def _applied(use: Use, adapter: Adapter, woven: Sequence[str]) -> Applied:
         reason=use.reason,
         profile=use.card.metadata.get(PROFILE, "") if of_card(use.card.metadata) else "",
     )
+
+
+def _triggers(order: Order) -> dict[str, str]:
+    """adapter -> the words that call it, also where the prompt said them already; adapters without any are left out."""
+    pairs = zip(order.record.adapters, order.adapters, strict=True)
+    found = {
+        item.name: item.trigger or adapter.metadata.get("compose.trigger", "") for item, adapter in pairs
+    }
+    return {name: trigger for name, trigger in found.items() if trigger}
 
 
 def _partly(adapters: Sequence[Adapter]) -> Iterator[str]:

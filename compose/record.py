@@ -59,7 +59,7 @@ class Applied:
 class Record:
     """All that decides the pixels of picture `index` of `request`, which has every default filled in.
 
-    `prompt` is what the text encoders read: tags taken out, triggers woven in. `inputs` maps image and mask to the
+    `prompt` is what the text encoders read: tags taken out, triggers woven in. `inputs` maps image, mask and gate to the
     SHA-256 of their bytes. `backend` is the one that moved the weights, where adapters were used. `place` is device, dtype and offload mode.
     """
 

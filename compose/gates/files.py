@@ -42,6 +42,8 @@ class Gates:
 
     def check(self, form: str, sites: Sites) -> None:
         """Raises RequestError for a form that the file lacks, and for layers of other widths than the base's."""
+        if form not in FORMS:
+            raise RequestError(unknown("form of policy 'gated'", form, FORMS))
         if getattr(self, form) is None:
             has = " and ".join(each for each in FORMS if getattr(self, each) is not None)
             raise RequestError(f"gate '{self.name}' has no {form} form, only {has}; {_HOW}")

@@ -84,6 +84,11 @@ class LightGate(nn.Module):
         """The factors of one picture as plain data. prompt (width,), triggers (n, width), sizes (n, sites), NaN where
         an adapter has no delta; the middle of each of `stretches` equal parts of the time stands for it."""
         device = self.size.device
+        if len(prompt) != self.shape.width:
+            raise RequestError(
+                f"the light gate reads texts of width {self.shape.width}, this base encodes them in {len(prompt)}; "
+                "train one for it with 'compose train gate'"
+            )
         ends = [1 - (k + 1) / stretches for k in range(stretches)]
         middles = torch.tensor([end + 0.5 / stretches for end in ends], device=device)
         rows = [part.to(device).expand(stretches, *part.shape) for part in (prompt, triggers, sizes)]
@@ -118,7 +123,7 @@ def sizes_of(adapters: Sequence[Adapter], sites: Sequence[str]) -> Tensor:
 @torch.no_grad()
 def embed(pipe: Any, texts: Sequence[str]) -> Tensor:
     """(texts, width): mean hidden state of each text in the base's first text encoder, padding left out."""
-    encoder, tokenizer = pipe.text_encoder, pipe.tokenizer
+    encoder, tokenizer, device = pipe.text_encoder, pipe.tokenizer, pipe._execution_device
     if encoder is None or tokenizer is None:
         raise RequestError("this base has no text encoder; the light gate cannot read the prompt")
     if tokenizer.pad_token is None:
@@ -126,9 +131,9 @@ def embed(pipe: Any, texts: Sequence[str]) -> Tensor:
     tokens = tokenizer(
         list(texts), padding=True, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     )
-    mask = tokens.attention_mask.to(encoder.device)
+    mask = tokens.attention_mask.to(device)
     states = encoder(
-        tokens.input_ids.to(encoder.device), attention_mask=mask, output_hidden_states=True
+        tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=True
     ).hidden_states[-1]
     share = mask[..., None].float()
     return (states.float() * share).sum(1) / share.sum(1)

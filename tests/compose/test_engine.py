@@ -407,7 +407,7 @@ def cheap():
 
 def test_unknown_policies_and_options_name_the_choices():
     with pytest.raises(
-        RequestError, match=r"policy 'swich' is unknown; did you mean switch\?.*composite, merge"
+        RequestError, match=r"policy 'swich' is unknown; did you mean switch\?.*composite, gated, merge"
     ):
         make("swich", {})
     with pytest.raises(RequestError, match=r"option 'taw' is unknown.*tau"):
