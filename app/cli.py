@@ -17,6 +17,7 @@ from compose.errors import ComposeError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("compose.app.generate", "draw pictures from a prompt, with adapters named or found"),
+    "restore": ("compose.app.restore", "take noise, rain, haze, blur and the like out of pictures"),
     "redo": ("compose.app.redo", "draw a picture again from the record it carries"),
     "library": ("compose.app.library", "add, scan, list, show, search and remove adapters"),
     "merge": ("compose.app.merge", "write one adapter that is the exact or compressed sum of several"),

@@ -142,7 +142,11 @@ def teach(args: argparse.Namespace, craft: Craft) -> int:
 
 def _out(args: argparse.Namespace) -> Path:
     name = "-".join("".join(c if c.isalnum() else " " for c in args.trigger).split()).lower()
-    out = args.out or Path(f"{name or 'lora'}.safetensors")
+    return adapter_file(args.out or Path(f"{name or 'lora'}.safetensors"))
+
+
+def adapter_file(out: Path) -> Path:
+    """`out`, as a file that an adapter can be written to. Raises TrainingError."""
     if out.suffix != ".safetensors":
         raise TrainingError(f"'{out}' does not end in .safetensors, the only format that is written")
     if out.exists():
@@ -166,19 +170,19 @@ def _train(
     here = machine(settings)
     if here.is_main_process:
         print(f"{len(pictures)} pictures, {settings.steps} steps on {args.base}")
-    pipe = _open(base, here.mixed_precision)
+    pipe = open_base(base, here.mixed_precision)
     examples = encode(pipe, pictures, side=settings.size, device=here.device, text=not settings.text_encoder)
     prompts = args.validate_prompt or [examples.captions[1]]
     text = None if settings.text_encoder else encode_text(pipe, [*prompts, ""], here.device)
     easel = _Easel(pipe, prompts, text, settings, here.device)
     watch = easel.watch(out, args.validate_every) if args.validate_every and here.is_main_process else None
-    with _told(out):
+    with told(out):
         path = importlib.import_module(craft.module).train(
             settings,
             pipe,
             lambda generator: examples.draw(generator, settings.batch, settings.caption_dropout),
             out,
-            base=_facts(args.base, base),
+            base=base_facts(args.base, base),
             resume=args.resume,
             watch=watch,
         )
@@ -189,7 +193,7 @@ def _train(
 
 
 @contextmanager
-def _told(out: Path) -> Iterator[None]:
+def told(out: Path) -> Iterator[None]:
     """Say, after ctrl-C, where the run was saved."""
     from compose.training.lora import checkpoint_of
 
@@ -201,7 +205,7 @@ def _told(out: Path) -> Iterator[None]:
         raise
 
 
-def _open(base: Source, precision: str) -> DiffusionPipeline:
+def open_base(base: Source, precision: str) -> DiffusionPipeline:
     """The base in bfloat16 where the arithmetic is and it bears it: half the memory; in float32 otherwise."""
     import torch
 
@@ -211,7 +215,8 @@ def _open(base: Source, precision: str) -> DiffusionPipeline:
     return open_pipeline(base, torch.bfloat16 if half else torch.float32)
 
 
-def _facts(name: str, base: Source) -> BaseFacts:
+def base_facts(name: str, base: Source) -> BaseFacts:
+    """What an adapter's file says of its base."""
     from compose.digest import file_digest, folder_digest
     from compose.training.lora import BaseFacts
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compose.digest import write_atomic
 from compose.errors import AdapterError
+from compose.restoration import TELLER
 from compose.tiles import Tiling
 
 PATCH = 64  # pixels
@@ -63,7 +64,7 @@ def tell(net: DefectNet, picture: Tensor) -> tuple[str, float]:
 
 def beside(adapter: Path) -> Path:
     """Where the net of an adapter file lies: `name.tasks` for `name.safetensors` (a safetensors file, too)."""
-    return adapter.with_suffix(".tasks")
+    return adapter.with_suffix(TELLER)
 
 
 def write(net: DefectNet, path: Path) -> None:

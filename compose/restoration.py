@@ -11,6 +11,7 @@ from typing import Any, Self
 from compose.errors import AdapterError, RequestError, unknown
 
 KEY = "compose.restore"
+TELLER = ".tasks"  # ending of the file beside an adapter that tells defects apart (`compose.defects`)
 NONE = "none"  # what a picture without a defect is called
 PROMPTS = {
     "noise": "remove the noise from the image",

@@ -15,7 +15,7 @@ from compose.training.degrade import DEFECTS, Defect
 from compose.training.lora import step_generator
 from compose.training.pairs import Pair, cut
 
-STEPS, BATCH, RATE = 400, 64, 3e-3
+STEPS, BATCH, RATE = 400, 32, 3e-3
 _FRESH = 0.5  # share of the examples whose defect is made anew, where it can be
 
 

@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import broadcast
 from diffusers import DiffusionPipeline, FluxKontextPipeline
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from compose import restore as restoring
 from compose.bases import BUNDLED, Kind
@@ -35,7 +36,7 @@ from compose.training.shira import ShiraSettings
 Method = Literal["lora", "shira"]
 Look = Callable[[int, Mapping[str, Mapping[str, float]]], None]  # steps done, measures by task
 METHODS: tuple[Method, ...] = ("lora", "shira")
-_TOGETHER = 8  # pictures encoded at once
+_TOGETHER = 2**21  # pixels encoded at once
 _LEAST_TIME = 1e-3  # noise levels stay this far from 0 and 1
 
 # What a base of 13 M parameters wants, and what one of 12 B does: the paper's rank, rate and batch.
@@ -188,9 +189,10 @@ def lessons_of(
     if course.flips:
         pictures = [torch.stack([each, each.flip(3)], dim=1).flatten(0, 1) for each in pictures]
     tasks = torch.tensor([captions.index(prompts[pair.task]) for pair in pairs])
+    together = max(1, _TOGETHER // pictures[0][0, 0].numel())
     with lent([pipe.vae], device, torch.float32):
         clean, degraded = (
-            torch.cat([_latents(pipe, part, device) for part in each.split(_TOGETHER)]) for each in pictures
+            torch.cat([_latents(pipe, part, device) for part in each.split(together)]) for each in pictures
         )
     words = encode_text(pipe, captions, device) if text else None
     return Lessons(
@@ -300,9 +302,10 @@ class Trial:
             given = {name: value.expand(len(part), *value.shape[1:]) for name, value in words.items()}
             grain = noise.expand(len(part), *noise.shape)
             reference = restoring.encode(pipe, part)
-            latents = restoring.drawn(
-                pipe, reference, grain, self.course.steps, self.settings.guidance, given
-            )
+            with sdpa_kernel(lora.KERNELS), self._place.accelerator.autocast():
+                latents = restoring.drawn(
+                    pipe, reference, grain, self.course.steps, self.settings.guidance, given
+                )
             redrawn, copied = restoring.decode(pipe, latents), restoring.decode(pipe, reference)
             drawn.append(restoring.kept(part, redrawn, copied))
         return torch.cat(drawn)
