@@ -39,7 +39,12 @@ def test_amounts_mean_what_they_say():
 
 
 def test_more_of_a_defect_is_further_from_the_truth():
-    for name, (little, much) in {"noise": (10, 50), "haze": (0.3, 0.7), "blur": (1, 3), "jpeg": (50, 5)}.items():
+    for name, (little, much) in {
+        "noise": (10, 50),
+        "haze": (0.3, 0.7),
+        "blur": (1, 3),
+        "jpeg": (50, 5),
+    }.items():
         less, more = (
             (Defect(task=name, low=amount, high=amount)(picture(), seeded()) - picture()).square().mean()
             for amount in (little, much)

@@ -110,7 +110,9 @@ def test_every_mode_is_read_upright_in_eight_bits(tmp_path):
     PIL.Image.fromarray(grey).save(tmp_path / "deep.png")
     PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "ink.jpg")
     PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    deep, ink, clear = (read_clean(_alone(tmp_path, name), 1, 0)[0] for name in ("deep.png", "ink.jpg", "clear.png"))
+    deep, ink, clear = (
+        read_clean(_alone(tmp_path, name), 1, 0)[0] for name in ("deep.png", "ink.jpg", "clear.png")
+    )
     assert deep.min() == 0 and deep.max() == 1 and 0.4 < deep.mean() < 0.6
     assert ink[0].mean() > 0.8 and ink[1].mean() < 0.3
     assert (clear == 1).all()
