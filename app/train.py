@@ -13,6 +13,10 @@ TRAINERS: dict[str, tuple[str, str]] = {
         "the same as a sparse adapter, which switches in place and fuses cleanly",
     ),
     "zoo": ("compose.training.zoo", "train thousands of LoRAs at once, for the weight encoder to learn from"),
+    "gate": (
+        "compose.app.train_gate",
+        "teach a gate how much of each adapter to let through, for policy gated",
+    ),
     "restore": (
         "compose.app.train_restore",
         "teach an editing base to take a defect out of pictures, from a few pairs",

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -371,13 +372,20 @@ def train(
         )
         modules = {"gates": course.gates}
         if keep is not None and keep.exists():
-            loop.load_checkpoint(keep, modules, course.optimizer, schedule, course.average)
-            print(f"going on from step {schedule.step}", flush=True)
+            _resume(keep, modules, course, schedule)
         losses = _run(course, schedule, keep)
         course.average.swap()
         if keep is not None:
             keep.unlink(missing_ok=True)
         return course.gates, losses
+
+
+def _resume(keep: Path, modules: Mapping[str, nn.Module], course: Course, schedule: loop.Schedule) -> None:
+    try:
+        loop.load_checkpoint(keep, modules, course.optimizer, schedule, course.average)
+    except (RuntimeError, KeyError, ValueError, TypeError, SafetensorError) as error:
+        raise TrainingError(f"'{keep}' is left from another run; delete it to start anew") from error
+    print(f"going on from step {schedule.step}", flush=True)
 
 
 def _run(course: Course, schedule: loop.Schedule, keep: Path | None) -> Tensor:

@@ -148,12 +148,12 @@ def _drawn(pipe: Any, member: Member, count: int, seed: int) -> list[Picture]:
         for start in range(0, count, TOGETHER):
             part = prompts[start : start + TOGETHER]
             generators = [torch.Generator().manual_seed(seed * 1000 + start + n) for n in range(len(part))]
-            images = pipe(**{**_call(pipe), "prompt": part}, generator=generators).images
+            images = pipe(**{**arguments_of(pipe), "prompt": part}, generator=generators).images
             drawn += [Picture(source=image, caption=words) for image, words in zip(images, part, strict=True)]
     return drawn
 
 
-def _call(pipe: Any) -> dict[str, Any]:
+def arguments_of(pipe: Any) -> dict[str, Any]:
     """Arguments of one call, as the product makes them."""
     kind, _ = objective_of(pipe)
     asked = Request(prompt="-", base=kind.name, seed=0)

@@ -57,7 +57,7 @@ class Gated(Policy):
 
     def prepare(self, context: Context) -> Self:
         """In the light form, the factors for each prompt of the context."""
-        if not self.gates or self.form != "light":
+        if not self.gates or self.form != "light" or self.courses:
             return self
         if context.course is None or not context.prompts:
             raise RequestError("policy 'gated' in its light form needs a gate and the prompt in its context")
