@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search = verb("search", "find adapters by a text or a picture", filters)
     search.add_argument("text", nargs="?", help="what the adapter should bring")
     search.add_argument("--image", metavar="FILE", help="a picture that looks as the adapter's should")
+    search.add_argument(
+        "--by",
+        choices=("text", "image", "weights", "all"),
+        default="all",
+        help="what of an adapter is compared: its card's words, its previews, its weights, or all (default)",
+    )
     search.add_argument("--k", type=int, default=10, metavar="N", help="how many (default: 10)")
     verb("remove", "forget an adapter; its file stays").add_argument("name", help="name")
 
@@ -128,9 +134,12 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     card = library.find(args.name)
     if args.plot:
         profile.save_plot(card, args.plot)
+    doubt = _doubt(card, library, _watched(args))
     if args.json:
-        print(_json(_card(card)))
+        print(_json(_card(card) | {"doubt": doubt}))
         return 0
+    if doubt is not None:
+        print(textwrap.fill(doubt, WIDTH, initial_indent=f"{'! doubt':12}", subsequent_indent=" " * 12))
     told = _card(card) | {"metadata": profile.without(card)}
     for key, value in told.items():
         for part in _lines(value):
@@ -139,6 +148,18 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     for line in profile.lines(card):
         print(line)
     return 0
+
+
+def _doubt(card: Card, library: Library, progress: bool) -> str | None:
+    """Why a card seems to belong to other weights, where an encoder for its family can tell."""
+    from compose.retrieval.index import bundled_encoder
+
+    encoder = bundled_encoder()
+    if card.path is None or encoder is None or card.family not in encoder.families:  # spares loading the CLIP
+        return None
+    from compose.retrieval.select import doubt
+
+    return doubt(card, library, progress=progress)
 
 
 def _profile(args: argparse.Namespace, library: Library) -> int:
@@ -159,14 +180,15 @@ def _profile(args: argparse.Namespace, library: Library) -> int:
 
 
 def _search(args: argparse.Namespace, library: Library) -> int:
-    from compose.retrieval.select import search
+    from compose.retrieval.select import SOURCES, search
 
     if (args.text is None) == (args.image is None):
         raise RequestError("give a text or --image FILE to search for, one of them")
     if args.k < 1:
         raise RequestError(f"--k is how many adapters to show, 1 or more; got {args.k}")
     query = args.text if args.image is None else _open_picture(args.image)
-    found = search(query, library, args.family, args.k, licence=args.license, progress=_watched(args))
+    by = SOURCES if args.by == "all" else (args.by,)
+    found = search(query, library, args.family, args.k, licence=args.license, by=by, progress=_watched(args))
     if args.json:
         print(_json([_choice(choice) for choice in found]))
     else:

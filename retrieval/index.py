@@ -1,12 +1,10 @@
-"""Vectors of every card's texts and preview pictures, in a FAISS index that no card can make wrong.
+"""Vectors of every card's texts, preview pictures and weights, kept so that no card can make them wrong.
 
-A row holds two vectors side by side: one of CLIP's sentence space (zeros for a picture) and one of its picture-and-text
-space. A query fills one half and leaves zeros in the other, so one index answers both kinds of question.
-
-A row's id is a hash of what was embedded, so an index never has to be trusted: what a library needs and the index
-lacks is embedded, what nobody needs is dropped. A crash, a second process or a rebuilt database cost time at worst.
-One file per CLIP (named by the hash of its weights), in the user's folder; a read-only seed for the starter library
-may lie beside the CLIP.
+There are four spaces: `words` (texts, as a sentence encoder has them), `texts` (the same in CLIP's space, to be
+compared with a picture), `looks` (previews) and `weights` (adapters, as the weight encoder has them, in CLIP's space).
+A row's id is a hash of what was embedded, so an index never has to be trusted: what a library needs and the index lacks
+is embedded, what nobody needs is dropped. Files are named by the hash of the encoder that made them: vectors of an
+older one are never compared with new ones, but made again.
 """
 
 from __future__ import annotations
@@ -15,24 +13,31 @@ import functools
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import faiss
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from compose.assets import ENCODER
 from compose.digest import write_atomic
+from compose.errors import AdapterError
 from compose.retrieval.card import Card, Text, texts
 from compose.retrieval.clip import bundled
+from compose.retrieval.vectors import Vectors
 
-PREVIEW = "preview"
+if TYPE_CHECKING:
+    from compose.adapter import Adapter
+
+PREVIEW, WEIGHTS = "preview", "weights"
+Space = Literal["words", "texts", "looks", "weights"]
 _SAMPLE = 4096  # bytes of a picture's head and tail that identify it, beside its size
 _BATCH = 64
+_TYPICAL = 1000  # vectors that stand for a whole space
 _log = logging.getLogger(__name__)
 
 
@@ -51,9 +56,22 @@ class Encoder(Protocol):
     def image(self, images: Sequence[Image.Image]) -> np.ndarray: ...
 
 
+class WeightEncoder(Protocol):
+    """What the index needs of a weight encoder: adapters of some families as unit vectors in CLIP's space."""
+
+    families: Sequence[str]
+    sha256: str
+
+    @property
+    def width(self) -> int: ...
+
+    def encode(self, adapter: Adapter) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One vector near a query: the card, what was embedded (a text, or the path of a preview), and the cosine."""
+    """One vector near a query: the card, what was embedded (a text, the path of a preview or of the weights), and the
+    cosine."""
 
     card: Card
     evidence: Text
@@ -61,99 +79,169 @@ class Hit:
 
 
 class Index:
-    """Vectors for one CLIP. `folder` is where they are kept; None keeps them in memory."""
+    """Vectors for one CLIP and one weight encoder (None: weights are not looked at). `folder` is where they are kept;
+    None keeps them in memory."""
 
-    def __init__(self, folder: Path | None, clip: Encoder):
+    def __init__(self, folder: Path | None, clip: Encoder, encoder: WeightEncoder | None = None):
         self.clip = clip
-        self._file = None if folder is None else folder / "vectors" / f"{clip.sha256[:16]}.faiss"
-        seed = clip.folder / seed_name(clip)
-        width = clip.words_width + clip.width
-        self._vectors = (
-            _read(self._file, width) or _copied(_read(seed, width), _empty(width)) or _empty(width)
-        )
+        self.encoder = encoder
+        self._folder = None if folder is None else folder / "vectors"
+        self._spaces: dict[Space, Vectors] = {}
+        self._typical: dict[Space, np.ndarray] = {}
+
+    @property
+    def weighed(self) -> Sequence[str]:
+        """The families whose weights are looked at."""
+        return () if self.encoder is None else self.encoder.families
 
     @classmethod
     def open(cls, folder: Path | None = None, clip: Encoder | None = None) -> Index:
-        """The index kept in `folder` (a library's), for `clip` (default: the bundled one)."""
-        return cls(folder, bundled() if clip is None else clip)
+        """The index kept in `folder` (a library's), for `clip` (default: the bundled one and its weight encoder)."""
+        return cls(folder, bundled() if clip is None else clip, bundled_encoder())
 
     def sync(self, cards: Iterable[Card], progress: bool = False) -> None:
-        """Embed what `cards` lack, drop what none of them needs, and save. Unreadable previews are left out."""
-        wanted = {key: evidence for card in cards for key, evidence in _entries(card)}
-        held = self._ids()
-        stale, missing = held - wanted.keys(), [key for key in wanted if key not in held]
-        if stale:
-            self._vectors.remove_ids(np.fromiter(stale, np.int64, len(stale)))
-        shown = progress and len(missing) > _BATCH
-        try:
-            with tqdm(total=len(missing), desc="embedding cards", disable=not shown, leave=False) as bar:
-                for start in range(0, len(missing), _BATCH):
-                    keys = missing[start : start + _BATCH]
-                    self._embed([(key, wanted[key]) for key in keys])
-                    bar.update(len(keys))
-        finally:  # ctrl-C keeps what was embedded so far
-            if stale or missing:
-                self._save()
+        """Embed what `cards` lack, drop what none of them needs. Unreadable previews and weights are near to nothing."""
+        cards = list(cards)
+        self._bring(
+            "words", _union(cards, _texts), lambda e: self.clip.words([text.text for text in e]), progress
+        )
+        self._bring("looks", _union(cards, _pictures), self._looks, progress)
+        if self.encoder is not None:
+            own = [card for card in cards if card.family in self.encoder.families]
+            self._bring("weights", _union(own, _weights), self._weigh, progress)
+        self._drop_older()
+
+    def sync_texts(self, cards: Iterable[Card], progress: bool = False) -> None:
+        """Embed the texts of `cards` once more, to be compared with a picture."""
+        wanted = _union(cards, _texts)
+        self._bring("texts", wanted, lambda e: self.clip.text([text.text for text in e]), progress)
 
     def by_words(self, texts: Sequence[str], cards: Iterable[Card], most: int = 64) -> list[list[Hit]]:
         """For each text the nearest texts of `cards`, at most `most`, best first."""
-        queries = _padded(self.clip.words(texts), right=self.clip.width)
-        return self._search(queries, _owners(cards, _texts), most)
+        return self._search("words", self.clip.words(texts), _owners(cards, _texts), most)
 
     def by_look(
-        self, looks: np.ndarray, cards: Iterable[Card], most: int = 64, texts: bool = False
+        self, looks: np.ndarray, cards: Iterable[Card], space: Space, most: int = 64
     ) -> list[list[Hit]]:
-        """For each row of `clip.text` or `clip.image` the nearest previews of `cards` (and `texts` too if asked)."""
-        queries = _padded(looks, left=self.clip.words_width)
-        return self._search(queries, _owners(cards, _entries if texts else _pictures), most)
+        """For each row of `clip.text` or `clip.image` the nearest `looks`, `weights` or `texts` of `cards`."""
+        return self._search(space, looks, _owners(cards, _OF[space]), most)
 
-    def _search(
-        self, queries: np.ndarray, owners: Mapping[int, list[tuple[Card, Text]]], most: int
-    ) -> list[list[Hit]]:
-        if not owners or not len(queries) or not len(self):
-            return [[] for _ in queries]
-        allowed = np.fromiter(owners, np.int64, len(owners))
-        params = faiss.SearchParameters(sel=faiss.IDSelectorBatch(allowed))
-        cosines, ids = self._vectors.search(np.ascontiguousarray(queries, np.float32), most, params=params)
-        return [_hits(row, keys, owners) for row, keys in zip(cosines, ids, strict=True)]
+    def usual(self, looks: np.ndarray, space: Space) -> tuple[np.ndarray, np.ndarray, int]:
+        """Middle and spread of the cosines of each row with the vectors of a space, and how many these are (at most
+        1,000, drawn evenly). The spread is half of what holds the middle 68 %, so that a match does not widen it."""
+        if space not in self._typical:
+            rows = self._vectors(space).sample(_TYPICAL)
+            self._typical[space] = rows[rows.any(1)]
+        cosines = looks @ self._typical[space].T
+        if not cosines.size:
+            return np.zeros(len(looks)), np.zeros(len(looks)), 0
+        low, middle, high = np.quantile(cosines, (0.16, 0.5, 0.84), axis=1)
+        return middle, (high - low) / 2, cosines.shape[1]
 
     def __len__(self) -> int:
-        return self._vectors.ntotal
+        """Texts, previews and weights that are held."""
+        return sum(len(self._vectors(space)) for space in self._names())
 
-    def _ids(self) -> set[int]:
-        return set(faiss.vector_to_array(self._vectors.id_map).tolist())
+    def close(self) -> None:
+        """Close the files."""
+        for vectors in self._spaces.values():
+            vectors.close()
 
-    def _embed(self, entries: Sequence[tuple[int, Text]]) -> None:
-        words = [(key, e.text) for key, e in entries if e.kind != PREVIEW]
-        if words:
-            said = [text for _, text in words]
-            self._insert([key for key, _ in words], np.hstack([self.clip.words(said), self.clip.text(said)]))
-        opened = {key: _picture(e.text) for key, e in entries if e.kind == PREVIEW}
-        pictures = {key: picture for key, picture in opened.items() if picture is not None}
-        if pictures:
-            looks = self.clip.image(list(pictures.values()))
-            self._insert(list(pictures), _padded(looks, left=self.clip.words_width))
-        blank = [key for key, picture in opened.items() if picture is None]  # a row of zeros: near to nothing
-        if blank:
-            self._insert(blank, np.zeros((len(blank), self._vectors.d)))
+    def _names(self) -> tuple[Space, ...]:
+        return ("words", "looks") if self.encoder is None else ("words", "looks", "weights")
 
-    def _insert(self, keys: Sequence[int], rows: np.ndarray) -> None:
-        self._vectors.add_with_ids(np.ascontiguousarray(rows, np.float32), np.array(keys, np.int64))
+    def _vectors(self, space: Space) -> Vectors:
+        if space not in self._spaces:
+            width = self.clip.words_width if space == "words" else self.clip.width
+            vectors = Vectors(self._file(space), width)
+            for keys, rows in _seeded(self.clip.folder / seed_name(self.clip), self._mark(space)):
+                vectors.hold(keys, rows)
+            self._spaces[space] = vectors
+        return self._spaces[space]
 
-    def _save(self) -> None:
-        """Write the file whole; where the folder is read-only the vectors simply stay in memory."""
-        if self._file is None:
+    def _file(self, space: Space) -> Path | None:
+        return None if self._folder is None else self._folder / f"{self._mark(space)}.sqlite"
+
+    def _mark(self, space: Space) -> str:
+        """What made the vectors of a space: `7c89d8f7cd7c7103-words`."""
+        maker = self.encoder if space == "weights" and self.encoder is not None else self.clip
+        return f"{maker.sha256[:16]}-{space}"
+
+    def _bring(
+        self,
+        space: Space,
+        wanted: Mapping[int, Text],
+        embed: Callable[[Sequence[Text]], np.ndarray],
+        progress: bool,
+    ) -> None:
+        """Embed what is wanted and not held, drop what is held and not wanted; ctrl-C keeps what was embedded so far."""
+        vectors = self._vectors(space)
+        vectors.refresh(progress)
+        keys = np.fromiter(wanted, np.int64, len(wanted))
+        stale, missing = np.setdiff1d(vectors.keys, keys), keys[np.isin(keys, vectors.keys, invert=True)]
+        vectors.remove(stale)
+        if len(stale) or len(missing):
+            self._typical.pop(space, None)
+        shown = progress and len(missing) > _BATCH
+        with tqdm(
+            total=len(missing), desc=f"embedding {_SAID[space]}", disable=not shown, leave=False
+        ) as bar:
+            for start in range(0, len(missing), _BATCH):
+                batch = missing[start : start + _BATCH]
+                vectors.add(batch, embed([wanted[key] for key in batch.tolist()]), progress)
+                bar.update(len(batch))
+
+    def _looks(self, previews: Sequence[Text]) -> np.ndarray:
+        """(n, width), zeros for what is no picture."""
+        rows = np.zeros((len(previews), self.clip.width), np.float32)
+        opened = [
+            (place, picture) for place, e in enumerate(previews) if (picture := _picture(e.text)) is not None
+        ]
+        if opened:
+            rows[[place for place, _ in opened]] = self.clip.image([picture for _, picture in opened])
+        return rows
+
+    def _weigh(self, adapters: Sequence[Text]) -> np.ndarray:
+        """(n, width), zeros for weights that the encoder cannot read."""
+        from compose.formats import load
+
+        rows, faults = np.zeros((len(adapters), self.clip.width), np.float32), []
+        for place, entry in enumerate(adapters):
+            try:
+                rows[place] = self.encoder.encode(load(entry.text))
+            except AdapterError as error:
+                faults.append(str(error))
+        if faults:
+            _log.warning("weights of %d adapters are left out of the search: %s", len(faults), faults[0])
+        return rows
+
+    def _search(
+        self, space: Space, queries: np.ndarray, owners: Mapping[int, list[tuple[Card, Text]]], most: int
+    ) -> list[list[Hit]]:
+        vectors = self._vectors(space)
+        if not owners or not len(queries) or not len(vectors):
+            return [[] for _ in queries]
+        allowed = faiss.IDSelectorBatch(np.fromiter(owners, np.int64, len(owners)))
+        cosines, ids = vectors.search(queries, min(most, len(owners)), allowed)
+        return [_hits(row, keys, owners) for row, keys in zip(cosines, ids, strict=True)]
+
+    def _drop_older(self) -> None:
+        """Delete vectors that other encoders made, once new ones are on disk."""
+        if self._folder is None or not any(file.exists() for file in map(self._file, self._names())):
             return
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self._file, faiss.serialize_index(self._vectors).tobytes())
-            for old in self._file.parent.glob("*.faiss"):
-                if old != self._file:
-                    old.unlink(missing_ok=True)
-        except OSError as error:
-            _log.warning(
-                "vectors are not kept: '%s' cannot be written (%s)", self._file, error.strerror or error
-            )
+        current = tuple(self._mark(space) for space in (*self._names(), "texts"))
+        for path in self._folder.glob("*.*"):
+            if not path.name.startswith(current):
+                path.unlink(missing_ok=True)
+
+
+def bundled_encoder() -> WeightEncoder | None:
+    """The weight encoder that comes with the package, if it does."""
+    if not ENCODER.is_file():
+        return None
+    from compose.retrieval.encoder import bundled
+
+    return bundled()
 
 
 def shares(cards: Iterable[Card]) -> Counter[str]:
@@ -163,37 +251,42 @@ def shares(cards: Iterable[Card]) -> Counter[str]:
 
 def seed_name(clip: Encoder) -> str:
     """File name, beside the CLIP, of the vectors that come with the package."""
-    return f"vectors-{clip.sha256[:16]}.faiss"
+    return f"vectors-{clip.sha256[:16]}.safetensors"
 
 
-def write_seed(cards: Iterable[Card], clip: Encoder) -> Path:
+def write_seed(cards: Iterable[Card], clip: Encoder, encoder: WeightEncoder | None = None) -> Path:
     """Write the vectors of `cards` (the starter library) beside the CLIP, so that no user has to compute them."""
-    index = Index(None, clip)
-    index.sync(cards)
-    for old in clip.folder.glob("vectors-*.faiss"):
+    from safetensors.numpy import save
+
+    for old in clip.folder.glob("vectors-*"):
         old.unlink()
+    index = Index(None, clip, encoder)
+    index.sync(cards)
+    kept = {}
+    for space in index._names():
+        keys, rows = index._vectors(space).content()
+        kept |= {f"{index._mark(space)}.keys": keys, f"{index._mark(space)}.rows": rows.astype(np.float16)}
     path = clip.folder / seed_name(clip)
-    width = index._vectors.d
-    half = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    small = _copied(index._vectors, faiss.IndexIDMap2(half))
-    write_atomic(path, faiss.serialize_index(small).tobytes())
+    write_atomic(path, save(kept))
     return path
 
 
-def _copied(source: faiss.IndexIDMap2 | None, target: faiss.IndexIDMap2) -> faiss.IndexIDMap2 | None:
-    """`target` with all vectors of `source`, which may keep them in another precision; None without a source."""
-    if source is None:
-        return None
-    if source.ntotal:
-        target.add_with_ids(
-            source.index.reconstruct_n(0, source.ntotal), faiss.vector_to_array(source.id_map)
-        )
-    return target
+def _seeded(path: Path, mark: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The ids and vectors of one space in a seed, or nothing where there is none that can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, "numpy") as file:
+            if f"{mark}.keys" in file.keys():  # noqa: SIM118 (not a dict)
+                yield file.get_tensor(f"{mark}.keys"), file.get_tensor(f"{mark}.rows")
+    except SafetensorError as error:
+        _log.warning("'%s' cannot be read (%s); its vectors are made again", path, error)
 
 
-def _entries(card: Card) -> list[tuple[int, Text]]:
-    """Everything of a card that is embedded, with its id."""
-    return _texts(card) + _pictures(card)
+def _union(cards: Iterable[Card], entries: Callable[[Card], list[tuple[int, Text]]]) -> dict[int, Text]:
+    return {key: evidence for card in cards for key, evidence in entries(card)}
 
 
 def _texts(card: Card) -> list[tuple[int, Text]]:
@@ -211,6 +304,12 @@ def _keyed(
 def _pictures(card: Card) -> list[tuple[int, Text]]:
     samples = ((_sample(path), path) for path in card.previews)
     return [(_key(PREVIEW, sample), Text(PREVIEW, path)) for sample, path in samples if sample is not None]
+
+
+def _weights(card: Card) -> list[tuple[int, Text]]:
+    if card.path is None or card.sha256 is None:
+        return []
+    return [(_key(WEIGHTS, card.sha256.encode()), Text(WEIGHTS, card.path))]
 
 
 def _key(kind: str, content: bytes) -> int:
@@ -241,13 +340,7 @@ def _picture(path: str) -> Image.Image | None:
 
 def _hits(cosines: np.ndarray, ids: np.ndarray, owners: Mapping[int, list[tuple[Card, Text]]]) -> list[Hit]:
     found = zip(cosines.tolist(), ids.tolist(), strict=True)
-    return [
-        Hit(card, evidence, cosine) for cosine, key in found if key >= 0 for card, evidence in owners[key]
-    ]
-
-
-def _padded(rows: np.ndarray, left: int = 0, right: int = 0) -> np.ndarray:
-    return np.pad(rows, ((0, 0), (left, right)))
+    return [Hit(card, evidence, cosine) for cosine, key in found for card, evidence in owners.get(key, ())]
 
 
 def _owners(
@@ -261,16 +354,10 @@ def _owners(
     return owners
 
 
-def _empty(width: int) -> faiss.IndexIDMap2:
-    return faiss.IndexIDMap2(faiss.IndexFlatIP(width))
-
-
-def _read(path: Path | None, width: int) -> faiss.IndexIDMap2 | None:
-    """The index in a file, or None where there is none that can be used (it is then made again)."""
-    if path is None:
-        return None
-    with suppress(OSError, RuntimeError):  # FAISS raises RuntimeError for a damaged file
-        index = faiss.deserialize_index(np.frombuffer(path.read_bytes(), np.uint8))
-        if isinstance(index, faiss.IndexIDMap2) and index.d == width:
-            return index
-    return None
+_OF: dict[Space, Callable[[Card], list[tuple[int, Text]]]] = {
+    "words": _texts,
+    "texts": _texts,
+    "looks": _pictures,
+    "weights": _weights,
+}
+_SAID = {"words": "cards", "texts": "cards", "looks": "previews", "weights": "weights"}

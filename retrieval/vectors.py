@@ -136,6 +136,24 @@ class Vectors:
         with self._guard:
             return self._near.search(np.ascontiguousarray(queries, np.float32), most, allowed)
 
+    def sample(self, count: int) -> np.ndarray:
+        """About `count` of the vectors (or all, if fewer), (n, width) float32, evenly spread."""
+        with self._guard:
+            if isinstance(self._near, Flat):
+                rows = self._near.content()[1]
+                return rows[:: max(1, len(rows) // count)]
+            return self._sample(count)
+
+    def content(self) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, rows) of everything that is kept, and of a small space also what is only held."""
+        with self._guard:
+            if isinstance(self._near, Flat):
+                return self._near.content()
+            parts = list(self._chunks(0))
+            return np.concatenate([keys for _, keys, _ in parts]), np.concatenate(
+                [rows for *_, rows in parts]
+            )
+
     def close(self) -> None:
         self._db.close()
 

@@ -73,13 +73,13 @@ def threshold(clip: Clip, seed: int = 5) -> float:
         index, scoring = Index(None, clip), load_scoring(clip.folder)
         asked = prompts(zoo, PROMPTS, seed)
         wanted = [
-            next((choice.score for choice in ranked if choice.card.name == concept.label), 0.0)
+            next((score for card, score in ranked if card.name == concept.label), 0.0)
             for ranked, (_, concept) in zip(
                 scores([p for p, _ in asked], library, BUNDLED, index, scoring), asked, strict=True
             )
         ]
         plain = scores([p for p, _ in prompts(base, PROMPTS, seed + 1)], library, BUNDLED, index, scoring)
-    return calibrate(wanted, [ranked[0].score if ranked else 0.0 for ranked in plain], none_share=0.96)
+    return calibrate(wanted, [ranked[0][1] if ranked else 0.0 for ranked in plain], none_share=0.96)
 
 
 def main() -> None:

@@ -11,6 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from compose.adapter import Adapter
+from compose.errors import AdapterError
+
 KEY = "transformer.single_transformer_blocks.0.attn.to_q"
 SAME = {
     "puppy": "dog",
@@ -94,3 +97,22 @@ class WordEncoder:
     def _colour(self, image: Image.Image) -> str:
         mean = np.asarray(image.convert("RGB"), np.float64).mean((0, 1))
         return min(COLOURS, key=lambda name: float(((mean - COLOURS[name]) ** 2).sum()))
+
+
+class NameEncoder:
+    """Weights as the words that `brings` gives for the file's name."""
+
+    families = ("flux",)
+    width = 64
+
+    def __init__(self, clip: WordEncoder, brings: Mapping[str, str], sha256: str = "e" * 64):
+        self.clip = clip
+        self.brings = brings
+        self.sha256 = sha256
+        self.seen: list[str] = []
+
+    def encode(self, adapter: Adapter) -> np.ndarray:
+        self.seen.append(adapter.name)
+        if adapter.name not in self.brings:
+            raise AdapterError(f"'{adapter.name}' has none of the layers that weights are told by")
+        return self.clip.text([self.brings[adapter.name]])[0]
