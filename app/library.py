@@ -157,9 +157,9 @@ def _doubt(card: Card, library: Library, progress: bool) -> str | None:
     encoder = bundled_encoder()
     if card.path is None or encoder is None or card.family not in encoder.families:  # spares loading the CLIP
         return None
-    from compose.retrieval.select import doubt
+    from compose.retrieval.select import doubts
 
-    return doubt(card, library, progress=progress)
+    return doubts(library, card.family, progress=progress).get(card.name)
 
 
 def _profile(args: argparse.Namespace, library: Library) -> int:

@@ -23,6 +23,11 @@ def meanings(word: str, file: Path = FILE) -> tuple[str, ...]:
     return tuple(text for sense in senses.split("\t") for text in sense.split("|") if text)
 
 
+def words(file: Path = FILE) -> tuple[str, ...]:
+    """Every noun, sorted."""
+    return tuple(sorted(_entries(file)))
+
+
 @functools.cache
 def _entries(file: Path) -> dict[str, str]:
     if not file.exists():

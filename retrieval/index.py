@@ -1,7 +1,8 @@
 """Vectors of every card's texts, preview pictures and weights, kept so that no card can make them wrong.
 
-There are four spaces: `words` (texts, as a sentence encoder has them), `texts` (the same in CLIP's space, to be
-compared with a picture), `looks` (previews) and `weights` (adapters, as the weight encoder has them, in CLIP's space).
+There are five spaces: `words` (texts, as a sentence encoder has them), and in CLIP's space `texts` (the same, to be
+compared with a picture), `looks` (previews), `weights` (adapters, as the weight encoder has them) and `gists` (what
+cards with weights say in a few words).
 A row's id is a hash of what was embedded, so an index never has to be trusted: what a library needs and the index lacks
 is embedded, what nobody needs is dropped. Files are named by the hash of the encoder that made them: vectors of an
 older one are never compared with new ones, but made again.
@@ -16,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import faiss
 import numpy as np
@@ -26,15 +27,16 @@ from tqdm import tqdm
 from compose.assets import ENCODER
 from compose.digest import write_atomic
 from compose.errors import AdapterError
-from compose.retrieval.card import Card, Text, texts
+from compose.retrieval.card import Card, Text, readable, texts
 from compose.retrieval.clip import bundled
+from compose.retrieval.dictionary import meanings
 from compose.retrieval.vectors import Vectors
 
 if TYPE_CHECKING:
     from compose.adapter import Adapter
 
 PREVIEW, WEIGHTS = "preview", "weights"
-Space = Literal["words", "texts", "looks", "weights"]
+Space = Literal["words", "texts", "looks", "weights", "gists"]
 _SAMPLE = 4096  # bytes of a picture's head and tail that identify it, beside its size
 _BATCH = 64
 _TYPICAL = 1000  # vectors that stand for a whole space
@@ -78,6 +80,17 @@ class Hit:
     cosine: float
 
 
+class Agreement(NamedTuple):
+    """By card: cosine of its weights with its gist, and of all weights with it their middle and spread; how many these
+    are."""
+
+    names: list[str]
+    cosines: np.ndarray
+    middles: np.ndarray
+    spreads: np.ndarray
+    count: int
+
+
 class Index:
     """Vectors for one CLIP and one weight encoder (None: weights are not looked at). `folder` is where they are kept;
     None keeps them in memory."""
@@ -109,12 +122,30 @@ class Index:
         if self.encoder is not None:
             own = [card for card in cards if card.family in self.encoder.families]
             self._bring("weights", _union(own, _weights), self._weigh, progress)
+            self._bring("gists", _union(own, _gists), self._said, progress)
         self._drop_older()
 
     def sync_texts(self, cards: Iterable[Card], progress: bool = False) -> None:
         """Embed the texts of `cards` once more, to be compared with a picture."""
-        wanted = _union(cards, _texts)
-        self._bring("texts", wanted, lambda e: self.clip.text([text.text for text in e]), progress)
+        self._bring("texts", _union(cards, _texts), self._said, progress)
+
+    def agreement(self, cards: Iterable[Card]) -> Agreement:
+        """How near the weights of each card are to what it says, for cards that have both and spaces that are searched
+        exactly."""
+        weights, gists = self._vectors("weights"), self._vectors("gists")
+        if self.encoder is None or not (weights.is_exact and gists.is_exact):
+            return Agreement([], *np.zeros((3, 0)), 0)
+        own, said = _table(weights), _table(gists)
+        pairs = [
+            (card.name, own[w], said[g])
+            for card in cards
+            for (w, _), (g, _) in zip(_weights(card), _gists(card), strict=False)
+            if w in own and g in said and own[w].any()
+        ]
+        names, left, right = zip(*pairs, strict=True) if pairs else ((), (), ())
+        rows = np.array(right, np.float32).reshape(-1, self.clip.width)
+        cosines = (rows * np.array(left, np.float32).reshape(rows.shape)).sum(1)
+        return Agreement(list(names), cosines, *self.usual(rows, "weights"))
 
     def by_words(self, texts: Sequence[str], cards: Iterable[Card], most: int = 64) -> list[list[Hit]]:
         """For each text the nearest texts of `cards`, at most `most`, best first."""
@@ -148,7 +179,7 @@ class Index:
             vectors.close()
 
     def _names(self) -> tuple[Space, ...]:
-        return ("words", "looks") if self.encoder is None else ("words", "looks", "weights")
+        return ("words", "looks") if self.encoder is None else ("words", "looks", "weights", "gists")
 
     def _vectors(self, space: Space) -> Vectors:
         if space not in self._spaces:
@@ -190,6 +221,9 @@ class Index:
                 batch = missing[start : start + _BATCH]
                 vectors.add(batch, embed([wanted[key] for key in batch.tolist()]), progress)
                 bar.update(len(batch))
+
+    def _said(self, said: Sequence[Text]) -> np.ndarray:
+        return self.clip.text([text.text for text in said])
 
     def _looks(self, previews: Sequence[Text]) -> np.ndarray:
         """(n, width), zeros for what is no picture."""
@@ -242,6 +276,19 @@ def bundled_encoder() -> WeightEncoder | None:
     from compose.retrieval.encoder import bundled
 
     return bundled()
+
+
+def speaks(card: Card) -> bool:
+    """Whether a card says what it is: it has a description or tags, or a name or trigger with a known noun."""
+    if card.description.strip() or card.tags:
+        return True
+    words = " ".join(readable(name) for name in (card.name, *card.triggers)).split()
+    return any(len(word) > 2 and meanings(word) for word in words)
+
+
+def gist(card: Card) -> str:
+    """What a card says, in a few words."""
+    return ", ".join(dict.fromkeys([readable((*card.triggers, card.name)[0]), *card.tags[:6]]))
 
 
 def shares(cards: Iterable[Card]) -> Counter[str]:
@@ -312,6 +359,17 @@ def _weights(card: Card) -> list[tuple[int, Text]]:
     return [(_key(WEIGHTS, card.sha256.encode()), Text(WEIGHTS, card.path))]
 
 
+def _gists(card: Card) -> list[tuple[int, Text]]:
+    if card.path is None or not speaks(card):
+        return []
+    return [(_key("gist", gist(card).encode()), Text("gist", gist(card)))]
+
+
+def _table(vectors: Vectors) -> dict[int, np.ndarray]:
+    keys, rows = vectors.content()
+    return dict(zip(keys.tolist(), rows, strict=True))
+
+
 def _key(kind: str, content: bytes) -> int:
     digest = hashlib.sha256(kind.encode() + b"\0" + content).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # FAISS ids are signed
@@ -359,5 +417,6 @@ _OF: dict[Space, Callable[[Card], list[tuple[int, Text]]]] = {
     "texts": _texts,
     "looks": _pictures,
     "weights": _weights,
+    "gists": _gists,
 }
-_SAID = {"words": "cards", "texts": "cards", "looks": "previews", "weights": "weights"}
+_SAID = {"words": "cards", "texts": "cards", "looks": "previews", "weights": "weights", "gists": "cards"}

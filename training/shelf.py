@@ -18,8 +18,10 @@ from compose.bases import BUNDLED
 from compose.retrieval.card import Card
 from compose.retrieval.clip import Clip
 from compose.retrieval.index import Index, write_seed
+from compose.retrieval.known import known_cards, save_known
 from compose.retrieval.library import Library
-from compose.retrieval.select import calibrate, known_cards, load_scoring, save_known, save_scoring, scores
+from compose.retrieval.scoring import calibrate, load_scoring, save_scoring
+from compose.retrieval.select import scores
 
 from .data import captions
 from .data.concepts import BASE_STYLES, COLOR_NAMES, Concept, load_concepts

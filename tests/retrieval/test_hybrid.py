@@ -7,10 +7,10 @@ from PIL import Image
 from small_library import COLOURS, NameEncoder, WordEncoder, ours, picture, write_adapter
 
 from compose.errors import RequestError
-from compose.retrieval.card import Card
 from compose.retrieval.index import Index
 from compose.retrieval.library import Library
-from compose.retrieval.select import Scoring, doubt, save_scoring, search, select
+from compose.retrieval.scoring import Scoring, save_scoring
+from compose.retrieval.select import doubts, search, select
 
 THINGS = (
     "rocket", "teapot", "violin", "anchor", "candle", "hammer", "ladder", "basket", "pillow", "bucket", "helmet",
@@ -82,20 +82,18 @@ def test_a_wrong_card_is_outvoted_and_flagged(shelf, clip, tmp_path):
     found = search("a violin", library, index=index)
     assert [choice.card.name for choice in found[:2]] == ["xq0002", "xq0001"]
     save_scoring(Scoring(weights_gain=5), clip.folder)  # this encoder is better than real ones
-    doubts = {card.name: doubt(card, library, index) for card in library.cards()}
-    assert {name for name, why in doubts.items() if why} == {"xq0001", "xq0002"}
-    assert "weights do not fit what it says ('violin')" in doubts["xq0001"]
+    found = doubts(library, index=index)
+    assert set(found) == {"xq0001", "xq0002"}
+    assert "weights do not fit what it says ('violin')" in found["xq0001"]
 
 
 def test_nothing_is_doubted_without_an_encoder_words_or_weights(shelf, clip):
     brings = numbered()
     library = shelf(brings, says=brings)
-    index = Index(None, clip)
-    assert doubt(library.find("xq0001"), library, index) is None
-    assert doubt(library.find("xq0001"), library, Index(None, clip, NameEncoder(clip, {}))) is None
-    mute = Index(None, clip, NameEncoder(clip, brings))
-    assert doubt(Card(name="xq77", family="flux"), library, mute) is None
-    assert doubt(Card(name="violin", family="flux"), library, mute) is None
+    for encoder in (None, NameEncoder(clip, {}), NameEncoder(clip, brings)):
+        assert doubts(library, index=Index(None, clip, encoder)) == {}
+    silent = shelf(brings, says={})
+    assert doubts(silent, index=Index(None, clip, NameEncoder(clip, brings))) == {}
 
 
 def test_nothing_fits(shelf, clip):

@@ -10,18 +10,10 @@ from small_library import COLOURS, WordEncoder, picture
 from compose.errors import ComposeError, LibraryError, RequestError
 from compose.retrieval.card import Card
 from compose.retrieval.index import Index
+from compose.retrieval.known import known_cards, save_known
 from compose.retrieval.library import Library
-from compose.retrieval.select import (
-    Scoring,
-    calibrate,
-    known_cards,
-    load_scoring,
-    save_known,
-    save_scoring,
-    scores,
-    search,
-    select,
-)
+from compose.retrieval.scoring import Scoring, calibrate, load_scoring, save_scoring
+from compose.retrieval.select import scores, search, select
 
 CARDS = [
     Card(
