@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
                 done.append(_one(restorer, errand, wish, args, bars))
             except ComposeError as error:
                 failed += 1
+                bars.close()
                 print(f"compose: {error}", file=sys.stderr)
             if len(errands) > 1:
                 bars("pictures", number, len(errands))
@@ -237,6 +238,7 @@ def _one(
     if before and all(before.get(name) == value for name, value in asked.items()):
         return {"source": str(errand.source), "out": str(errand.out), "skipped": True} | before
     restored = restorer(open_picture(errand.source), wish, bars)
+    bars.close()
     _tell(errand, restored)
     _save(errand, restored, asked, args.difference)
     return {"source": str(errand.source), "out": str(errand.out), "seconds": round(restored.seconds, 2), **restored.facts}  # fmt: skip

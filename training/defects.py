@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from compose.defects import PATCH, DefectNet
+from compose.loading import threads
 from compose.restoration import NONE
 from compose.training.degrade import DEFECTS, Defect
 from compose.training.lora import step_generator
@@ -24,7 +25,7 @@ def teach(
     defects: Sequence[Defect] = (),
     *,
     seed: int = 0,
-    steps: int = STEPS,
+    steps: int | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> DefectNet:
@@ -32,22 +33,23 @@ def teach(
 
     Where the defects were made on purpose, half of the examples are made anew from the clean pictures.
     """
-    tasks = list(dict.fromkeys(pair.task for pair in pairs))
+    steps, tasks = steps or STEPS, list(dict.fromkeys(pair.task for pair in pairs))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = DefectNet([NONE, *tasks]).to(device)
     pool = _pool(pairs, tasks, defects, seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    for step in tqdm(range(steps), "telling defects apart", disable=not progress, leave=False):
-        generator = step_generator(seed, step)
-        labels = torch.randint(len(pool), (BATCH,), generator=generator)
-        patches = torch.stack([_patch(pool[label], generator) for label in labels.tolist()]).to(device)
-        loss = F.cross_entropy(net(patches), labels.to(device), label_smoothing=0.02)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    with threads("1" if str(device) == "cpu" else None):  # so small that a second thread only waits
+        for step in tqdm(range(steps), "telling defects apart", disable=not progress, leave=False):
+            generator = step_generator(seed, step)
+            labels = torch.randint(len(pool), (BATCH,), generator=generator)
+            patches = torch.stack([_patch(pool[label], generator) for label in labels.tolist()]).to(device)
+            loss = F.cross_entropy(net(patches), labels.to(device), label_smoothing=0.02)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     return net.cpu().eval()
 
 
