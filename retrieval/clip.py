@@ -129,8 +129,16 @@ class Clip:
         with torch.inference_mode():
             for start in range(0, len(images), _BATCH):
                 batch = np.stack([self._pixels(image) for image in images[start : start + _BATCH]])
-                rows.append(_unit(self._image_tower(torch.from_numpy(batch))))
+                rows.append(self.look(torch.from_numpy(batch)).numpy())
         return np.concatenate(rows)
+
+    def look(self, pictures: Tensor) -> Tensor:
+        """Unit vectors of pictures (n, 3, side, side) in [-1, 1], side the tower's own, on whatever device they are."""
+        import torch
+
+        with torch.inference_mode():
+            rows = self._image_tower.to(pictures.device)(pictures).float()
+            return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
         """(3, side, side) float32 in [-1, 1]."""
