@@ -475,7 +475,7 @@ def build(args: argparse.Namespace) -> None:
     members = choose(fitting(members, pipe), args.limit)
     print(f"{len(members)} adapters to learn from", flush=True)
     began = time.monotonic()
-    shown = scene_lessons(pipe, members, args.archive, device, alone=args.alone, together=args.together)
+    shown = scene_lessons(pipe, members, pictures, device, alone=args.alone, together=args.together)
     lessons = lessons_of(pipe, members, shown, device)
     print(f"{len(lessons.latents)} pictures in {time.monotonic() - began:.0f} s", flush=True)
     digest = folder_digest(args.base)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,9 @@ TWINS = {"fluent-3d": ("fluent-3d", "fluent-gradient")}  # near-twins are one st
 CASTS = (
     ("concept", "style"), ("concept", "background"), ("concept", "concept"), ("style", "background"),
     ("concept", "style", "background"), ("concept", "concept", "style"), ("concept", "concept", "background"),
+    ("concept", "concept", "concept"),
 )  # fmt: skip
+TRIES = 50  # at a set whose triggers differ
 GROUNDS = {name.replace(" ", "-"): name for name in (*PATTERNS, *COLORS)}
 
 
@@ -80,9 +81,7 @@ class Stage:
 
     def _words(self, names: list[str], by_role: dict[str, list[Member]], style: str, ground: Ground) -> str:
         rng = self.rng
-        things = (
-            captions.with_article(names[0], rng) if len(names) == 1 else captions.pair(*names[:2], False, rng)
-        )
+        things = _listed(names, rng)
         if by_role["background"]:
             trigger = by_role["background"][0].trigger.removesuffix(" background")
             ground = Ground(top=trigger, bottom=trigger, pattern=trigger)
@@ -94,8 +93,15 @@ class Stage:
         return rng.choice(shapes)
 
 
+def _listed(names: list[str], rng: random.Random) -> str:
+    """One to three things, from left to right."""
+    if len(names) == 1:
+        return captions.with_article(names[0], rng)
+    return captions.pair(*names, False, rng) if len(names) == 2 else captions.triple(names, rng)
+
+
 def casts(members: Sequence[Member], count: int, seed: int) -> list[tuple[int, ...]]:
-    """`count` random sets of members' numbers, the kinds of `CASTS` in turns, no trigger twice in one."""
+    """About `count` random sets of members' numbers, the kinds of `CASTS` in turns, no trigger twice in one."""
     rng = random.Random(seed)
     roles = {
         role: [n for n, m in enumerate(members) if m.role == role]
@@ -103,19 +109,23 @@ def casts(members: Sequence[Member], count: int, seed: int) -> list[tuple[int, .
     }
     kinds = [kind for kind in CASTS if all(len(roles[role]) >= kind.count(role) for role in kind)]
     found: list[tuple[int, ...]] = []
-    for turn in range(20 * count if kinds else 0):
-        cast = tuple(rng.choice(roles[role]) for role in kinds[turn % len(kinds)])
-        if len({members[n].trigger for n in cast}) == len(cast) == len({members[n].subject for n in cast}):
-            found.append(cast)
-        if len(found) == count:
-            break
+    for turn in range(count if kinds else 0):
+        for _ in range(TRIES):
+            cast = tuple(rng.choice(roles[role]) for role in kinds[turn % len(kinds)])
+            if (
+                len({members[n].trigger for n in cast})
+                == len(cast)
+                == len({members[n].subject for n in cast})
+            ):
+                found.append(cast)
+                break
     return found
 
 
 def scene_lessons(
     pipe: Any,
     members: Sequence[Member],
-    archive: Path,
+    pictures: Pictures,
     device: torch.device,
     *,
     alone: int,
@@ -123,7 +133,6 @@ def scene_lessons(
     seed: int = 0,
 ) -> Shown:
     """`alone` pictures per member and `together` ones of two or three, encoded."""
-    pictures = Pictures(archive)
     stage, shows, scenes = Stage(pictures, seed), [], []
     for cast in [*[(n,) for n in range(len(members)) for _ in range(alone)], *casts(members, together, seed)]:
         scene = stage.scene([members[n] for n in cast])
