@@ -113,6 +113,8 @@ def looked_at(pipe, members, lessons, gates):
 def test_the_loss_falls_and_the_base_is_as_it_was(pipe, members, lessons, form):
     """Strong random adapters spoil every picture; whoever learns to let less of them through predicts better."""
     before = weights_of(pipe)
+    next(pipe.transformer.parameters()).requires_grad_(True)
+    wanted = [parameter.requires_grad for parameter in pipe.transformer.parameters()]
     changes = {"form": form, "push": 0.0, "scenes": 3, "average": 0.9}
     fresh, _ = learn(pipe, members, lessons, **changes, steps=1, rate=1e-9)
     taught, _ = learn(pipe, members, lessons, **changes, steps=40, rate=0.1)
@@ -121,7 +123,7 @@ def test_the_loss_falls_and_the_base_is_as_it_was(pipe, members, lessons, form):
     assert end[16:].mean() < start[16:].mean() - 0.1  # together
     after = weights_of(pipe)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(parameter.requires_grad for parameter in pipe.transformer.parameters())
+    assert [parameter.requires_grad for parameter in pipe.transformer.parameters()] == wanted
 
 
 @pytest.mark.parametrize("form", ["full", "light"])
