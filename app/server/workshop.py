@@ -122,7 +122,11 @@ class Workshop:
         pipe = self.pipe(base, task.progress)
         keep, watch = functools.partial(_keep, task), _Watcher(task)
         common = {"library": self.library, "progress": task.progress, "keep": keep, "watch": watch}
-        if "record" in task.payload:
+        if "restore" in task.payload:
+            from compose.app.server import restoring
+
+            restoring.work(pipe, task, self.library)
+        elif "record" in task.payload:
             pipe.redo(Record.from_json(task.payload["record"]), **common)
         else:
             pipe(Request.from_json(task.payload["request"]), **common)

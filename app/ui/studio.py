@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from compose import __version__
 from compose.app.server.workshop import Workshop
-from compose.app.ui import compare, create, info, shelf, trainer
+from compose.app.ui import compare, create, info, mender, shelf, trainer
 from compose.app.ui import stage as stages
 from compose.app.ui.session import greeted, memory, owner_of
 
@@ -55,6 +55,10 @@ def page(workshop: Workshop) -> gr.Blocks:
                 made = create.build(workshop, kept)
             with gr.Tab("Compare", id="compare"):
                 compare.build(workshop, made)
+            with gr.Tab("Restore", id="restore") as mending:
+                adapters = mender.build(workshop, made)
+                told = {"outputs": adapters, "show_progress": "hidden", "api_visibility": "private"}
+                mending.select(lambda: mender.listed(workshop), None, **told)
             with gr.Tab("Library", id="library"):
                 listing = shelf.build(workshop, made)
             with gr.Tab("Train", id="train"):
