@@ -93,9 +93,9 @@ class GateSettings:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "published": {"pairs": 24},
-    "together": {"pairs": 12, "scenes": 24, "push": 0.1, "margin": 0.25},
-    "light": {"form": "light", "pairs": 12, "scenes": 24, "push": 0.1, "margin": 0.25, "rate": 2e-3},
+    "published": {"pairs": 96, "rate": 5e-3},
+    "together": {"pairs": 48, "scenes": 96, "push": 0.1, "margin": 0.25, "rate": 5e-3},
+    "light": {"form": "light", "pairs": 48, "scenes": 96, "push": 0.1, "margin": 0.25},
 }
 """What the bundled base's gates are trained with. The published margin of 0.5 is four times this base's usual loss."""
 
@@ -455,7 +455,7 @@ def unseen(members: Sequence[Member], others: Path) -> list[Member]:
     """Those of `members` whose subject no adapter in the folder `others` has, nor a twin of it."""
     from .gate_scenes import TWINS
 
-    there = {member.subject for member in read_members(others)} if others.is_dir() else set()
+    there = {path.stem for path in others.glob("*.safetensors")}
     there |= {twin for subject in there for twin in TWINS.get(subject, ())}
     there = {subject.replace(" ", "-") for subject in there}
     return [member for member in members if member.subject.replace(" ", "-") not in there]
@@ -472,7 +472,7 @@ def build(args: argparse.Namespace) -> None:
     pipe = FluxPipeline.from_pretrained(args.base).to(device)
     pictures = Pictures(args.archive)
     members = [m for m in unseen(read_members(args.adapters), args.unseen) if known(m, pictures)]
-    members = choose(fitting(members, pipe), args.limit)
+    members = fitting(choose(members, args.limit), pipe)
     print(f"{len(members)} adapters to learn from", flush=True)
     began = time.monotonic()
     shown = scene_lessons(pipe, members, pictures, device, alone=args.alone, together=args.together)

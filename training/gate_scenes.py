@@ -29,9 +29,11 @@ GROUNDS = {name.replace(" ", "-"): name for name in (*PATTERNS, *COLORS)}
 
 
 def known(member: Member, pictures: Pictures) -> bool:
-    """Whether the picture set has what an adapter brings."""
-    tables = {"concept": pictures.concepts, "style": STYLE, "background": GROUNDS}
-    return member.subject.replace(" ", "-") in tables.get(member.role, ())
+    """Whether the artwork has what an adapter brings, concepts in a style of the base's."""
+    subject = member.subject.replace(" ", "-")
+    if member.role == "concept":
+        return any((style, subject) in pictures.row for style in BASE_STYLES)
+    return subject in {"style": STYLE, "background": GROUNDS}.get(member.role, ())
 
 
 class Stage:

@@ -80,4 +80,4 @@ def _times(weight: Weight, factors: Mapping[str, float]) -> Weight:
     """A weight by site. Block weights, which are patterns already, stay as they are."""
     if isinstance(weight, Mapping) or not factors:
         return weight
-    return {site: weight * factor for site, factor in factors.items()}
+    return factors if weight == 1 else {site: weight * factor for site, factor in factors.items()}

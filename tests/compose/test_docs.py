@@ -12,7 +12,7 @@ from compose import policies
 from compose.backends import BACKENDS
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["concepts.md", "caching.md", "add-a-policy.md", "add-a-backend.md"]
+PAGES = ["concepts.md", "caching.md", "add-a-policy.md", "add-a-backend.md", "gate.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import random
 from collections import Counter
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
 import compose.digest as digest
 from compose.app import train_gate as command
@@ -21,7 +23,7 @@ from compose.gates import FullGate, load
 from compose.plan import Mix
 from compose.policies import Gated, Merge
 from compose.training import gate as trainer
-from compose.training import gate_lessons
+from compose.training import gate_lessons, zoo_plan
 from compose.training.bank import BankBackend, reason_against
 from compose.training.data.concepts import load_concepts
 from compose.training.data.pictures import STYLE
@@ -421,6 +423,36 @@ def test_a_folder_is_read_by_what_its_files_say(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrainingError, match="holds 0 low-rank adapters"):
         read_members(tmp_path / "empty")
+
+
+def test_a_zoos_shards_are_read_by_their_jobs(tmp_path):
+    """What was judged bad, or is for testing only, stays out."""
+    jobs = [
+        zoo_plan.Job(
+            name=f"style-noto-{n}",
+            part=part,
+            subject=zoo_plan.Subject(role="style", name="noto"),
+            trigger=f"t{n}",
+            styles=("noto",),
+            rank=2,
+            targets="attention",
+            rate=1e-3,
+            init="uniform",
+            seed=0,
+        )
+        for n, part in enumerate(("train", "train", "test", "train"))
+    ]
+    shares = (1.0, 0.2, 1.0, None)
+    rows = [dataclasses.asdict(job) | {"share": share} for job, share in zip(jobs, shares, strict=True)]
+    path = "transformer_blocks.0.attn.to_q"
+    tensors = {f"{path}.lora_A": torch.ones(4, 2, 8), f"{path}.lora_B": torch.ones(4, 6, 2)}
+    save_file(tensors, tmp_path / "zoo-0-000.safetensors", {"jobs": json.dumps(rows)})
+    found = read_members(tmp_path)
+    assert [(m.trigger, m.role, m.subject) for m in found] == [
+        ("t0", "style", "noto"),
+        ("t3", "style", "noto"),
+    ]
+    assert found[0].adapter.deltas[f"transformer.{path}"].up.shape == (6, 2)
 
 
 def test_subjects_of_the_test_adapters_stay_unseen(folder):
