@@ -139,7 +139,7 @@ class Studio:
 
     def pairs(self, run: Run) -> Pairs:
         """The pairs of a run; fewer are the first of more."""
-        clean = list(self.scenes("zoo", max(COUNTS), 100 + run.seed))[: run.count]
+        clean = list(self.scenes("zoo", max(COUNTS), 100 + run.seed))
         found = [
             pair
             for turn, name in enumerate(TASKS)

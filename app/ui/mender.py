@@ -45,7 +45,13 @@ def build(workshop: Workshop, made: create.Create) -> list[gr.Dropdown]:
         with gr.Column(min_width=320):
             watch = gr.HTML(_NONE, elem_id="mend-stage")
             both = gr.ImageSlider(label="Before, after", interactive=False, elem_id="mend-both", height=320)
-            change = gr.Image(label="What has changed", interactive=False, elem_id="mend-change", height=200)
+            change = gr.Image(
+                label="What has changed",
+                interactive=False,
+                elem_id="mend-change",
+                height=200,
+                buttons=["download", "fullscreen"],
+            )
     job = gr.State(None)
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     adapter.change(lambda name: tasks(workshop, name), adapter, task, **quiet)
