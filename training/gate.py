@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxPipeline
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -451,41 +452,67 @@ def write(
 # The bundled base's gates: every recipe, several seeds
 
 
-def unseen(members: Sequence[Member], others: Path) -> list[Member]:
-    """Those of `members` whose subject no adapter in the folder `others` has, nor a twin of it."""
+def subjects_in(folder: Path) -> set[str]:
+    """What the adapters of a folder bring, by their files' names, with near-twins."""
     from .gate_scenes import TWINS
 
-    there = {path.stem for path in others.glob("*.safetensors")}
-    there |= {twin for subject in there for twin in TWINS.get(subject, ())}
-    there = {subject.replace(" ", "-") for subject in there}
-    return [member for member in members if member.subject.replace(" ", "-") not in there]
+    there = {path.stem for path in folder.glob("*.safetensors")}
+    return there | {twin for subject in there for twin in TWINS.get(subject, ())}
+
+
+def make_zoo(args: argparse.Namespace) -> None:
+    """Train `args.make` adapters as the zoo plans them into `args.adapters`, none of a subject that is to stay unseen;
+    what a stopped run has trained is not trained again. Eagerly: so few adapters do not pay for compiling."""
+    from . import zoo
+    from .zoo_plan import plan
+
+    easel, hidden = zoo.open_easel(args.base, args.archive), subjects_in(args.unseen)
+    jobs = [
+        job
+        for job in plan(easel.writer.pictures.concepts)
+        if job.part == "train" and job.subject.name.replace(" ", "-") not in hidden
+    ]
+    jobs = choose(jobs, lambda job: job.subject.role, args.make)
+    given = {"together": args.make} | ({} if args.make_steps is None else {"steps": args.make_steps})
+    zoo.build(easel, jobs, args.adapters, zoo.ZooSettings(**given), stem="zoo-gate")
 
 
 def build(args: argparse.Namespace) -> None:
     """Train every recipe that is asked for and write OUT/recipe-seed.safetensors."""
-    from diffusers import FluxPipeline
-
-    from .data.scenes import Pictures
-    from .gate_scenes import known, scene_lessons
-
+    if args.make:
+        make_zoo(args)
     device = loop.join().device
     pipe = FluxPipeline.from_pretrained(args.base).to(device)
-    pictures = Pictures(args.archive)
-    members = [m for m in unseen(read_members(args.adapters), args.unseen) if known(m, pictures)]
-    members = fitting(choose(members, args.limit), pipe)
-    print(f"{len(members)} adapters to learn from", flush=True)
-    began = time.monotonic()
-    shown = scene_lessons(pipe, members, pictures, device, alone=args.alone, together=args.together)
-    lessons = lessons_of(pipe, members, shown, device)
-    print(f"{len(lessons.latents)} pictures in {time.monotonic() - began:.0f} s", flush=True)
+    members, lessons = lessons_for(pipe, args, device)
     digest = folder_digest(args.base)
+    args.out.mkdir(parents=True, exist_ok=True)
     for recipe in args.recipes.split(","):
         settings = recipe_settings(recipe, args, device)
-        args.out.mkdir(parents=True, exist_ok=True)
         gates, _ = train(pipe, members, lessons, settings, device, args.out / f"{recipe}.checkpoint")
         for n in range(settings.gates):
             path = args.out / f"{recipe}-{n}.safetensors"
             write(path, [gates], n, pipe=pipe, base_sha256=digest, settings=settings, adapters=len(members))
+
+
+def lessons_for(pipe: Any, args: argparse.Namespace, device: torch.device) -> tuple[list[Member], Lessons]:
+    """The adapters to learn from, and scenes of them alone and together."""
+    from .data.scenes import Pictures
+    from .gate_scenes import known, scene_lessons
+
+    began, pictures, hidden = time.monotonic(), Pictures(args.archive), subjects_in(args.unseen)
+    members = [
+        member
+        for member in read_members(args.adapters)
+        if known(member, pictures) and member.subject.replace(" ", "-") not in hidden
+    ]
+    members = fitting(choose(members, lambda member: member.role, args.limit), pipe)
+    shown = scene_lessons(pipe, members, pictures, device, alone=args.alone, together=args.together)
+    lessons = lessons_of(pipe, members, shown, device)
+    print(
+        f"{len(members)} adapters, {len(lessons.latents)} pictures, {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    return members, lessons
 
 
 def recipe_settings(recipe: str, args: argparse.Namespace, device: torch.device) -> GateSettings:
@@ -516,6 +543,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--archive", type=Path, default=ARCHIVE, help="from `compose data build`")
     add("--base", type=Path, default=BASE)
     add("--out", type=Path, required=True, help="folder for the gates; a stopped run goes on")
+    add(
+        "--make",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first train N adapters of the zoo's plan into --adapters",
+    )
+    add("--make-steps", type=int, metavar="N", help="steps of each of them")
     add("--recipes", default=",".join(RECIPES), help=f"of {', '.join(RECIPES)}")
     add("--limit", type=int, default=96, help="adapters to learn from")
     add("--seeds", type=int, default=3, help="gates side by side, one per seed")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import inspect
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from .examples import Examples, encode
 from .objectives import objective_of
 from .pictures import Picture, read_folder
 
+T = TypeVar("T")
 MOST = 3  # adapters that one lesson puts together
 GOOD = 0.5  # of a zoo adapter's pictures show what it should
 THINGS = ("a house", "a tree", "a dog", "a cup", "a car", "a flower", "a book", "a fish", "a chair", "a boat")
@@ -103,11 +104,11 @@ def fitting(members: Sequence[Member], pipe: Any) -> list[Member]:
     return kept
 
 
-def choose(members: Sequence[Member], count: int, seed: int = 0) -> list[Member]:
-    """At most `count`, the roles in turns, in an order that the seed decides."""
-    by_role: dict[str, list[Member]] = defaultdict(list)
-    for member in members:
-        by_role[member.role].append(member)
+def choose(things: Sequence[T], role_of: Callable[[T], str], count: int, seed: int = 0) -> list[T]:
+    """At most `count` of anything, the roles in turns, in an order that the seed decides."""
+    by_role: dict[str, list[T]] = defaultdict(list)
+    for thing in things:
+        by_role[role_of(thing)].append(thing)
     rng = random.Random(seed)
     for group in by_role.values():
         rng.shuffle(group)

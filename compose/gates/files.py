@@ -47,6 +47,11 @@ class Gates:
         if getattr(self, form) is None:
             has = " and ".join(each for each in FORMS if getattr(self, each) is not None)
             raise RequestError(f"gate '{self.name}' has no {form} form, only {has}; {_HOW}")
+        known = self.full.sites if form == "full" else self.light.shape.sites
+        if not any(site in sites for site in known):
+            raise RequestError(
+                f"gate '{self.name}' does not fit this base: none of its layers is here; {_HOW}"
+            )
         for site in self.full.sites if form == "full" else ():
             width = self.full.vectors(site).shape[1]
             if site in sites and width != sites[site].shape[0]:

@@ -12,10 +12,12 @@ import torch
 import compose.digest as digest
 from compose import gates
 from compose.adapter import LowRank
+from compose.backends.fused import FusedGate
 from compose.engine import Composition, composed
 from compose.errors import BackendError, RequestError
 from compose.formats import save as save_adapter
 from compose.gates import VECTORS, FullGate, LightGate, LightShape, embed, files, gated, sizes_of
+from compose.kernels.lora_gate import VECTORS as rows
 from compose.kernels.lora_gate import naive
 from compose.pipeline import ComposePipeline
 from compose.plan import Context, Step
@@ -109,9 +111,8 @@ def test_the_formula_is_that_of_the_kernel():
     deltas = torch.stack([hidden[..., a:b] @ up[:, a:b].T for a, b in ((0, 3), (3, 7))])
     wanted = naive.lora_gate(y, hidden, up, [0, 3, 7], vectors)
     assert torch.allclose(gated(y, deltas, vectors), wanted, atol=1e-12)
-    from compose.kernels.lora_gate import VECTORS as rows
-
     assert rows == VECTORS
+    assert isinstance(FullGate({}), FusedGate)  # else the kernel would never be asked
 
 
 def test_adapters_are_a_set_and_one_of_weight_zero_adds_nothing():
@@ -370,6 +371,8 @@ def test_a_gate_of_another_shape_or_damaged_is_refused(tmp_path):
     path = gates.save(tmp_path / "g.safetensors", family="compose-mini", full={site: torch.zeros(9, 5)})
     with pytest.raises(RequestError, match=r"does not fit this base: 5 channels at .*to_q, the base has 32"):
         gates.load(path).check("full", sites_of(pipe))
+    with pytest.raises(RequestError, match="none of its layers is here"):
+        gates.load(path).check("full", sites_of(tiny.sd15(0)))
     gates.save(path, family="compose-mini", full={site: torch.zeros(8, 5)})
     with pytest.raises(RequestError, match=f"is damaged at {site}"):
         gates.load(path)

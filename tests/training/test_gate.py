@@ -29,7 +29,7 @@ from compose.training.data.concepts import load_concepts
 from compose.training.data.pictures import STYLE
 from compose.training.data.scenes import Pictures
 from compose.training.examples import Examples, encode_text
-from compose.training.gate import Course, GateSettings, draw, recipe_settings, train, unseen, write
+from compose.training.gate import Course, GateSettings, draw, recipe_settings, train, write
 from compose.training.gate_lessons import (
     MOST,
     Member,
@@ -341,9 +341,9 @@ def test_prompts_call_an_adapter_as_its_role_does():
 
 def test_roles_take_turns_in_a_choice():
     crowd = [Member(adapter=None, role=role, trigger=str(n)) for role in ("a", "b") for n in range(9)]
-    found = choose(crowd + crowd[:1] * 20, 6)
+    found = choose(crowd + crowd[:1] * 20, lambda m: m.role, 6)
     assert Counter(m.role for m in found) == {"a": 3, "b": 3}
-    assert choose(crowd, 6) == choose(crowd, 6)
+    assert choose(crowd, lambda m: m.role, 6) == choose(crowd, lambda m: m.role, 6)
 
 
 # scenes
@@ -455,10 +455,11 @@ def test_a_zoos_shards_are_read_by_their_jobs(tmp_path):
     assert found[0].adapter.deltas[f"transformer.{path}"].up.shape == (6, 2)
 
 
-def test_subjects_of_the_test_adapters_stay_unseen(folder):
-    crowd = [Member(adapter=None, role="concept", trigger="x", subject=s) for s in ("ad1", "owl")]
-    assert [m.subject for m in unseen(crowd, folder)] == ["owl"]
-    assert unseen(crowd, folder / "nowhere") == crowd
+def test_subjects_of_the_test_adapters_are_known_with_their_twins(folder):
+    assert trainer.subjects_in(folder) == {f"ad{n}" for n in range(4)}
+    (folder / "fluent-3d.safetensors").touch()
+    assert trainer.subjects_in(folder) >= {"fluent-3d", "fluent-gradient"}
+    assert trainer.subjects_in(folder / "nowhere") == set()
 
 
 def test_a_stopped_run_goes_on_and_ends_alike(pipe, members, lessons, tmp_path, monkeypatch):
