@@ -18,7 +18,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
@@ -42,7 +42,7 @@ GAIN, OVER_INPUT, WRONG, COLD, WARM = 3.0, 1.0, 1.0, 8.0, 2.0  # what is asked f
 IDS = (
     *(f"{what}_{task}" for task in TASKS for what in ("gain_db", "gain_ssim", "psnr", "psnr_input", "psnr_zero", "psnr_classical")),
     "over_input_db", "beats_classical_perceptual", "beats_classical_psnr", "pairs_128_over_16_db",
-    "unified_minus_specific_db", "wrong_prompt_loss_db", "wrong_prompt_loss_unguarded_db",
+    "unified_minus_specific_db", "wrong_prompt_loss_db", "wrong_prompt_loss_unguarded_db", "guard_gain_db",
     *(f"{what}_clip_{which}" for what in ("fid", "cmmd") for which in ("few", "zero", "input")),
     "lpips", "train_s", "cold_s", "warm_s",
 )  # fmt: skip
@@ -57,6 +57,7 @@ class Found:
     wrong: list[dict[str, Any]]
     where: str
     pictures: int
+    unguarded: list[dict[str, Any]] = field(default_factory=list)
 
     def mean(self, which: str, task: str, measure: str) -> float:
         """Of a baseline: input, vae, zero-few, zero-own."""
@@ -88,6 +89,7 @@ def read(folder: Path) -> Found:
         [case for part in parts for case in part["wrong"]],
         parts[0]["where"],
         parts[0]["pictures"],
+        sorted((run for part in parts for run in part["unguarded"]), key=lambda run: run["seed"]),
     )
 
 
@@ -186,6 +188,17 @@ class Report:
             seeds = sorted({case["seed"] for case in found.wrong})
             worst = [max(case["vae"] - case[which] for case in found.wrong if case["seed"] == seed) for seed in seeds]  # fmt: skip
             yield self.row(id_, worst, "dB", target, "min")
+
+        if found.unguarded:
+            yield self.row("guard_gain_db", self._guarded(), "dB")
+
+    def _guarded(self) -> list[float]:
+        """What keeping untouched pixels gains, mean over tasks, for each seed."""
+        each = [
+            [ours - fmean(run["scores"][task]["psnr"]) for ours, run in zip(self.found.seeds(task, "psnr"), self.found.unguarded, strict=True)]
+            for task in TASKS
+        ]  # fmt: skip
+        return [fmean(seed) for seed in zip(*each, strict=True)]
 
     def _apart(self, count: int, specific: bool, other: int, other_specific: bool) -> list[float]:
         """PSNR of one way over another, mean over tasks, for each seed."""

@@ -94,6 +94,7 @@ class Report:
     pictures: int
     runs: list[dict[str, Any]] = field(default_factory=list)
     fixed: dict[str, Scores] = field(default_factory=dict)  # input, vae, zero-few, zero-own
+    unguarded: list[dict[str, Any]] = field(default_factory=list)  # the main runs, all pixels redrawn
     wrong: list[dict[str, Any]] = field(default_factory=list)  # PSNR to the picture given, ours and the VAE's
 
 
@@ -229,6 +230,11 @@ def one(studio: Studio, run: Run, folder: Path, steps: int, report: Report) -> d
         drawn = {task: studio.draw(studio.tests[task], prompt_of(task)) for task in run.tasks}
         if run.task is None and run.count == MAIN:
             report.wrong += wrong_prompts(studio, run.seed)
+            plain = {
+                task: studio.draw(studio.tests[task], prompt_of(task), guard=False) for task in run.tasks
+            }
+            told = {task: studio.score(each, studio.truth) for task, each in plain.items()}
+            report.unguarded.append({"seed": run.seed, "scores": told})
     scores = {task: studio.score(each, studio.truth) for task, each in drawn.items()}
     report.runs.append(asdict(run) | {"train_s": round(trained, 2), "scores": scores})
     psnr = {task: round(sum(each["psnr"]) / len(each["psnr"]), 2) for task, each in scores.items()}
@@ -257,6 +263,31 @@ def wrong_prompts(studio: Studio, seed: int) -> list[dict[str, Any]]:
             told[name] = sum(studio.score(drawn, given)["psnr"]) / len(given)
         found.append(told)
     return found
+
+
+def sweep(studio: Studio, folder: Path, steps: int) -> None:
+    """Print how drawing steps and the guard fare, on further scenes of zoo concepts: defaults are chosen by these, not
+    by the test pictures."""
+    path = folder / "sweep.safetensors"
+    studio.train(Run(task=None, count=MAIN, seed=0), path, steps)
+    truth = studio.scenes("zoo", studio.count, 7000)
+    spoilt = {
+        task: torch.stack([defect(each, step_generator(7000, n)) for n, each in enumerate(truth)])
+        for task, defect in TASKS.items()
+    }
+    with studio.wearing(path):
+        for count in (1, 2, 4, 8, 20):
+            for guard in (True, False):
+                drawn = {
+                    task: studio.draw(each, prompt_of(task), count, guard=guard)
+                    for task, each in spoilt.items()
+                }
+                told = {task: studio.score(each, truth) for task, each in drawn.items()}
+                means = {
+                    task: [round(sum(each[name]) / len(truth), 3) for name in ("psnr", "haarpsi")]
+                    for task, each in told.items()
+                }
+                print(f"{count} steps, guard {guard}: {means}", flush=True)
 
 
 def keep(path: Path, sets: Mapping[str, Tensor]) -> None:
@@ -300,10 +331,17 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, default=ARCHIVE)
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument(
+        "--sweep", action="store_true", help="only compare drawing steps, on scenes apart from the tests"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, 16 pairs, few pictures")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     studio = Studio(args.archive, args.base, device, 4 if args.quick else PICTURES)
+    if args.sweep:
+        with tempfile.TemporaryDirectory() as folder:
+            sweep(studio, Path(folder), args.steps)
+        return
     turn, of = map(int, args.part.split("/"))
     draw(studio, args.out, (turn, of), quick=args.quick, steps=args.steps)
 
