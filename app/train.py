@@ -13,6 +13,7 @@ TRAINERS: dict[str, tuple[str, str]] = {
         "the same as a sparse adapter, which switches in place and fuses cleanly",
     ),
     "zoo": ("compose.training.zoo", "train thousands of LoRAs at once, for the weight encoder to learn from"),
+    "encoder": ("compose.app.train_encoder", "teach the library to find adapters by their weights alone"),
     "gate": (
         "compose.app.train_gate",
         "teach a gate how much of each adapter to let through, for policy gated",

@@ -34,6 +34,7 @@ from compose.retrieval.encoder import (
     features,
     mixed,
     sized,
+    vectors,
 )
 
 FEWEST = 12  # subjects
@@ -134,10 +135,8 @@ def find_probes(
             added = (down.mT @ ((gram / squares[:, None, None]) @ (down @ start))).sum(0)
             total, count, _ = sums.get(site, (0.0, 0, 0))
             sums[site] = (total + added, count + len(picked), up.shape[1])
-    kinds: dict[str, list[str]] = {}
-    for site, (total, _, out) in sorted(sums.items()):
-        kinds.setdefault(f"{_NUMBER.sub('.*', site)} {len(total)} {out}", []).append(site)
-    return [_probes_of(sites, sums, starts, config) for sites in kinds.values()]
+    shapes = {site: (out, len(total)) for site, (total, _, out) in sums.items()}
+    return [_probes_of(sites, sums, starts, config) for sites in kinds_of(shapes)]
 
 
 def _start(width: int, probes: int, device: torch.device | str) -> Tensor:
@@ -254,9 +253,17 @@ class View:
     given: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """An encoder, and the vectors (N, w) that it gives the whole shelf."""
+
+    encoder: Encoder
+    vectors: Tensor
+
+
 def fit(
     shelf: Shelf, targets: Targets, rows: Tensor, config: Config, families: Sequence[str], seed: int = 0
-) -> Encoder:
+) -> Fitted:
     """An encoder from the adapters `rows` (M,) of a shelf. Raises TrainingError for too few subjects."""
     subjects = targets.subject[rows].unique()
     if len(subjects) < FEWEST:
@@ -265,15 +272,14 @@ def fit(
         )
     generator = torch.Generator().manual_seed(seed)
     turn = subjects[torch.randperm(len(subjects), generator=generator).to(subjects.device)]
-    ridge, guessed = cross_guess(
-        shelf, targets, rows, turn.tensor_split(min(config.folds, len(turn))), config
-    )
+    folds = turn.tensor_split(min(config.folds, len(turn)))
+    ridge, guessed = cross_guess(shelf, targets, rows, folds, config)
     view = look(shelf, targets, rows, ridge, config)
     weights = solve(view.given[rows], targets.both[rows], ridge)
     reduce, guess = reduced(view.given[rows], weights, config.rank)
     mix, shift = mixture(guessed, targets, rows, config, generator)
     head = Head(reduce=reduce, guess=guess, mix=mix, shift=shift)
-    return Encoder(_types(shelf, view), head, families)
+    return Fitted(encoder=Encoder(_types(shelf, view), head, families), vectors=vectors(view.given, head))
 
 
 def cross_guess(
@@ -404,6 +410,47 @@ def _one_each(subject: Tensor, most: int, generator: torch.Generator) -> Tensor:
     earliest = torch.full((int(first.max()) + 1,), len(order), device=subject.device)
     earliest = earliest.scatter_reduce(0, first, torch.arange(len(order), device=subject.device), "amin")
     return order[earliest.sort().values[:most]]
+
+
+def kinds_of(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+    """Sites by type: those whose names differ in block numbers only and whose (out, in) are the same."""
+    found: dict[tuple, list[str]] = {}
+    for site, shape in sorted(shapes.items()):
+        found.setdefault((_NUMBER.sub(".*", site), *shape), []).append(site)
+    return list(found.values())
+
+
+def untrained(
+    shapes: Mapping[str, tuple[int, int]], config: Config, families: Sequence[str], space: int = 256
+) -> Encoder:
+    """An encoder of random numbers for a table of sites, (out, in) each: the size and speed of a trained one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    types = []
+    for sites in kinds_of(shapes):
+        (out, width), count = shapes[sites[0]], len(sites)
+        types.append(
+            LayerType(
+                sites=tuple(sites),
+                probes=torch.linalg.qr(random(count, width, config.probes))[0].mT.contiguous(),
+                gains=torch.full((count, config.probes), 0.1),
+                noise=torch.full((count,), 0.01),
+                projection=random(out, config.width),
+                centre=random(count, config.probes, config.width),
+                sizes=torch.ones(count, 2),
+            )
+        )
+    numbers = len(shapes) * (config.probes * config.width + 1)
+    head = Head(
+        reduce=random(config.rank, numbers),
+        guess=random(config.rank, 2 * space),
+        mix=random(2 * space, space),
+        shift=torch.zeros(space),
+    )
+    return Encoder(types, head, families)
 
 
 def _types(shelf: Shelf, view: View) -> list[LayerType]:

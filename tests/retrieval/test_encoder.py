@@ -23,7 +23,7 @@ def encoder() -> Encoder:
     adapters, targets = small_zoo.zoo(40)
     chunks = chunks_of(adapters)
     shelf = ask(chunks, find_probes(chunks, range(len(adapters)), CONFIG, "cpu"), len(adapters))
-    return fit(shelf, targets, torch.arange(len(adapters)), CONFIG, ["compose-mini"])
+    return fit(shelf, targets, torch.arange(len(adapters)), CONFIG, ["compose-mini"]).encoder
 
 
 @pytest.fixture
