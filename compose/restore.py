@@ -40,10 +40,11 @@ if TYPE_CHECKING:
     from compose.pipeline import ComposePipeline, Progress
     from compose.retrieval.library import Library
 
-UNTOUCHED, TOUCHED = (
-    0.012,
-    0.03,
-)  # mean change (of 1) below which a pixel stays itself, and above which it is redrawn
+UNTOUCHED = (0.008, 0.02)  # mean change (of 1) up to which a pixel stays itself, and from which it is redrawn
+FAITHFUL = (
+    0.024,
+    0.047,
+)  # the same for what the autoencoder's own copy changes: more is a defect, such as noise
 _NEAR = 3.0  # pixels over which that mean is taken
 _COLOURS = 1 / 8  # of a tile's side: the standard deviation beyond which frequencies count as low
 _SHOWN = 4.0  # how much the difference map is brightened
@@ -357,14 +358,21 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
 
 
 def kept(before: Tensor, redrawn: Tensor, copied: Tensor) -> Tensor:
-    """`redrawn` where it differs from `copied`, the autoencoder's own copy of `before`; elsewhere `before` itself.
+    """`before` where the base left alone what the autoencoder copies faithfully, `redrawn` elsewhere, (n, 3, h, w).
 
-    What the base left alone would otherwise still lose the detail that the autoencoder loses. The change is a mean
-    over colours and a few pixels around; between `UNTOUCHED` and `TOUCHED` the two are mixed.
+    `copied` is the autoencoder's own copy of `before`. Where the base changed nothing, the picture would still lose
+    the detail that the autoencoder loses. A copy that is far off lost a defect (it strips noise by itself), so there
+    the drawing counts. Changes are means over colours and a few pixels around.
     """
-    change = low_pass((redrawn - copied).abs().mean(1, keepdim=True), _NEAR)
-    share = ((change - UNTOUCHED) / (TOUCHED - UNTOUCHED)).clamp(0, 1)
-    return before + share * (redrawn - before)
+    changed = _between(redrawn - copied, *UNTOUCHED)
+    lost = _between(copied - before, *FAITHFUL)
+    return before + torch.maximum(changed, lost) * (redrawn - before)
+
+
+def _between(difference: Tensor, low: float, high: float) -> Tensor:
+    """(n, 1, h, w): 0 where the difference is at most `low`, 1 from `high` on."""
+    size = low_pass(difference.abs().mean(1, keepdim=True), _NEAR)
+    return ((size - low) / (high - low)).clamp(0, 1)
 
 
 # Files

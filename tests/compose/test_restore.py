@@ -112,12 +112,20 @@ def test_tiles_fade_without_a_seam(restorer):
 
 
 def test_untouched_pixels_stay_themselves_and_others_are_redrawn():
-    before, copied = torch.rand(1, 3, 40, 40), torch.rand(1, 3, 40, 40)
+    before = torch.rand(1, 3, 40, 40)
+    copied = before + 0.01 * torch.randn(before.shape)
     redrawn = copied.clone()
     redrawn[..., 20:] = (redrawn[..., 20:] + 0.3) % 1
     found = kept(before, redrawn, copied)
     assert torch.equal(found[..., :8], before[..., :8])
     assert torch.allclose(found[..., 28:], redrawn[..., 28:], atol=1e-6)
+
+
+def test_noise_that_the_autoencoder_strips_by_itself_does_not_come_back():
+    """The base left the copy alone, but the copy is far from the picture: that was the defect."""
+    clean = torch.full((1, 3, 40, 40), 0.5)
+    noisy = clean + 0.1 * torch.randn(clean.shape)
+    assert torch.allclose(kept(noisy, clean, clean), clean, atol=1e-6)
 
 
 def test_strength_mixes_and_zero_is_the_picture_itself(restorer):
