@@ -231,6 +231,14 @@ def test_rows_are_what_the_losses_need(lessons):
         assert lessons.members[lessons.together.tolist().index(shown)].tolist() == who
 
 
+def test_where_only_two_can_be_told_apart_nobody_is_third(lessons):
+    words = torch.tensor([0, 1, 1, 0])
+    two = dataclasses.replace(lessons, clash=words[:, None] == words)
+    drawn = draw(two, GateSettings(pairs=50, third=1.0), torch.Generator().manual_seed(0))
+    assert bool((drawn.index[:, 2] == 4).all())
+    assert bool((words[drawn.index[:, 0]] != words[drawn.index[:, 1]]).all())
+
+
 # the bank
 
 
