@@ -11,6 +11,7 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import text_global_pool
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -24,6 +25,7 @@ from .tokenizer import CLIP_LENGTH
 
 NAME = "compose-clip"
 PARTS = ("base", "zoo", "test")
+CAPTION_LENGTH, PHRASE_LENGTH = 48, 32  # tokens; the longest in a hundred are cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +62,22 @@ def create(folder: Path, tokenizer: CLIPTokenizer) -> open_clip.CLIP:
     return open_clip.create_model(NAME)
 
 
-def text_batch(tokenizer: CLIPTokenizer, texts: list[str], device: torch.device) -> Tensor:
-    """Token ids (n, CLIP_LENGTH)."""
+def text_batch(
+    tokenizer: CLIPTokenizer, texts: list[str], device: torch.device, length: int = CLIP_LENGTH
+) -> Tensor:
+    """Token ids (n, length)."""
     return tokenizer(
-        texts, padding="max_length", truncation=True, max_length=CLIP_LENGTH, return_tensors="pt"
+        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     ).input_ids.to(device)
+
+
+def read(model: open_clip.CLIP, ids: Tensor) -> Tensor:
+    """open-clip's `encode_text` for ids of any length (n, length <= CLIP_LENGTH) -> (n, 256): most texts are short."""
+    length = ids.shape[1]
+    hidden = model.token_embedding(ids) + model.positional_embedding[:length]
+    hidden = model.transformer(hidden, attn_mask=model.attn_mask[:length, :length])
+    pooled = text_global_pool(model.ln_final(hidden), ids, "eos", eos_token_id=model.text_eos_id)
+    return pooled @ model.text_projection
 
 
 def describe(shown: Captioned, sampler: Sampler) -> str:
@@ -96,7 +109,7 @@ class Sentences:
         order = file["group"].argsort(stable=True)
         tokens = torch.cat(
             [
-                text_batch(tokenizer, phrases[i : i + 4096], torch.device("cpu"))
+                text_batch(tokenizer, phrases[i : i + 4096], torch.device("cpu"), PHRASE_LENGTH)
                 for i in range(0, len(phrases), 4096)
             ]
         )
@@ -179,8 +192,7 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
         phrase, vectors = taught.sample(settings.phrases, settings.told, generator)
         with loop.half(world.device):
             seen = F.normalize(model.encode_image(images), dim=-1)
-            said = model.encode_text(torch.cat([tokens[rows], phrase]))
-            ours, theirs = said[: len(rows)], said[len(rows) :]
+            ours, theirs = read(model, tokens[rows]), read(model, phrase)
             loss_pairs = contrast(
                 seen.float(), F.normalize(ours.float(), dim=-1), model.logit_scale.exp().float()
             )
@@ -221,10 +233,11 @@ def _start_from(state: dict[str, Tensor], model: open_clip.CLIP, sentence: nn.Li
 def deck(
     sampler: Sampler, composer: Composer, tokenizer: CLIPTokenizer, count: int, chunk: int = 4000
 ) -> tuple[Laid, Tensor]:
-    """`count` captioned scenes, laid out and tokenised once: (scenes, token ids (n, CLIP_LENGTH))."""
+    """`count` captioned scenes, laid out and tokenised once: (scenes, token ids (n, CAPTION_LENGTH))."""
     laid, tokens = [], []
     for start in range(0, count, chunk):
         shown = [sampler.text_to_image() for _ in range(min(chunk, count - start))]
         laid.append(composer.lay([s.scene for s in shown]))
-        tokens.append(text_batch(tokenizer, [describe(s, sampler) for s in shown], composer.device))
+        texts = [describe(s, sampler) for s in shown]
+        tokens.append(text_batch(tokenizer, texts, composer.device, CAPTION_LENGTH))
     return Laid(*(torch.cat(parts) for parts in zip(*laid, strict=True))), torch.cat(tokens)

@@ -322,7 +322,8 @@ def look(shelf: Shelf, targets: Targets, rows: Tensor, ridge: float, config: Con
     gram = sum((x.flatten(1) * share) @ (x.flatten(1) * share).mT for x in full).double()
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
     aim = (targets.both[rows] - targets.both[rows].mean(0)).double()
-    dual = torch.linalg.solve(gram, aim).float() * share
+    left, values, _ = torch.linalg.svd(torch.linalg.solve(gram, aim), full_matrices=False)
+    dual = (left * values)[:, : config.rank].float() * share
     projections = tuple(_directions(x, dual, config.width) for x in full)
     parts, centres, scales, sizes = [], [], [], []
     for part, size, mean, projection in zip(shelf.answers, shelf.sizes, means, projections, strict=True):
@@ -359,11 +360,11 @@ def _scale(size: Tensor) -> Tensor:
 def _directions(x: Tensor, dual: Tensor, width: int) -> Tensor:
     """(kept, width) orthonormal columns: where weights W = X^T dual, times the spread of X, are large."""
     kept = x.shape[-1]
-    weights = torch.einsum("nspo,nc->ospc", x, dual).reshape(kept, -1).double()
-    spread = torch.einsum("nspo,nspq->oq", x, x).double()
+    weights = torch.einsum("nspo,nc->ospc", x, dual).reshape(kept, -1)
+    spread = (x.reshape(-1, kept).mT @ x.reshape(-1, kept)).double()
     values, turn = torch.linalg.eigh(spread)
     root = turn * values.clamp_min(0).sqrt() @ turn.mT
-    _, best = torch.linalg.eigh(root @ (weights @ weights.mT) @ root)
+    _, best = torch.linalg.eigh(root @ (weights @ weights.mT).double() @ root)
     chosen = best.flip(1)[:, : min(width, kept)].float()
     return F.pad(chosen, (0, width - chosen.shape[1]))
 

@@ -136,9 +136,11 @@ class Average:
         torch._foreach_lerp_(list(self.kept.values()), [p.detach() for p in self.live.values()], 1 - decay)
 
     def swap(self) -> None:
-        """Exchange live and averaged weights."""
+        """Exchange live and averaged weights, in place: CUDA graphs hold the parameters' addresses."""
         for key, parameter in self.live.items():
-            parameter.data, self.kept[key] = self.kept[key], parameter.data
+            live = parameter.detach().clone()
+            parameter.detach().copy_(self.kept[key])
+            self.kept[key].copy_(live)
 
 
 def save_checkpoint(

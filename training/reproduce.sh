@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From artwork to assets/: the picture set, the judge, and every stage of the bundled base, on one machine with GPUs.
-#   training/reproduce.sh [STAGE ...]        stages: data judge vae clip base pack adapters shelf (all, in this order)
+#   training/reproduce.sh [STAGE ...]        stages: data judge vae clip base pack adapters zoo encoder shelf (all, in this order)
 # GPUS (default: all) processes work together. Each stage goes on from what lies in OUT (default ~/.cache/lora-compose/base).
 # Run it from the repository's root.
 set -euo pipefail
@@ -15,7 +15,7 @@ stage() { # one process per GPU
     --archive "$ARCHIVE" --phrases "$PHRASES" --out "$OUT" --stage "$@"
 }
 
-for name in "${@:-data judge vae clip base pack adapters shelf}"; do
+for name in "${@:-data judge vae clip base pack adapters zoo encoder shelf}"; do
   for one in $name; do
     case $one in
       data)
@@ -32,6 +32,12 @@ for name in "${@:-data judge vae clip base pack adapters shelf}"; do
           CUDA_VISIBLE_DEVICES=$i "$PYTHON" -m compose.training.starter --archive "$ARCHIVE" --part "$i/$GPUS" --base "$ASSETS/compose-mini" --out "$ASSETS/adapters" &
         done
         wait ;;
+      zoo)
+        for ((i = 0; i < GPUS; i++)); do
+          CUDA_VISIBLE_DEVICES=$i "$PYTHON" -m benchmarks.zoo --archive "$ARCHIVE" --part "$i/$GPUS" --base "$ASSETS/compose-mini" --out "$OUT/zoo" &
+        done
+        wait ;;
+      encoder) "$PYTHON" -m benchmarks.retrieval_weights --zoo "$OUT/zoo" --archive "$ARCHIVE" --clip "$ASSETS/clip" --base "$ASSETS/compose-mini" --save "$ASSETS/encoder.safetensors" ;;
       shelf) "$PYTHON" -m compose.training.shelf --clip "$ASSETS/clip" --base "$ASSETS/compose-mini" --adapters "$ASSETS/adapters" ;;
       *) echo "unknown stage $one" >&2; exit 2 ;;
     esac

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from compose.assets import ADAPTERS, BASE, CLIP
 from compose.bases import BUNDLED
-from compose.retrieval.card import Card
+from compose.retrieval.card import Card, readable
 from compose.retrieval.clip import Clip
+from compose.retrieval.dictionary import write_descriptions
 from compose.retrieval.index import Index, write_seed
 from compose.retrieval.known import known_cards, save_known
 from compose.retrieval.library import Library
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--adapters", type=Path, default=ADAPTERS)
     args = parser.parse_args()
+    print(write_descriptions({readable(c.label): [d.lower() for d in c.described] for c in load_concepts().values()}))
     print(save_known(known(), BUNDLED, args.clip))
     clip = Clip.load(args.clip, args.base)
     scoring = replace(load_scoring(args.clip), threshold=threshold(clip))

@@ -604,6 +604,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, metavar="N")
 
 
+def settings_of(args: argparse.Namespace) -> ZooSettings:
+    """The settings that the command line changes."""
+    given = {field.name: getattr(args, field.name, None) for field in fields(ZooSettings)}
+    return ZooSettings(**{name: value for name, value in given.items() if value is not None})
+
+
 def run(args: argparse.Namespace, verdict: Verdict | None = None) -> int:
     """Train this process's share of the zoo."""
     try:
@@ -612,15 +618,10 @@ def run(args: argparse.Namespace, verdict: Verdict | None = None) -> int:
         raise TrainingError(f"--part is '{args.part}'; give i/n, as in 0/4") from None
     if not 0 <= turn < of:
         raise TrainingError(f"--part is '{args.part}'; i counts from 0 to n - 1")
-    given = {
-        field.name: value
-        for field in fields(ZooSettings)
-        if (value := getattr(args, field.name, None)) is not None
-    }
     easel = open_easel(args.base, args.archive)
     jobs = fewer(plan(easel.writer.pictures.concepts), args.only)[turn::of]
     compiled = easel.device.type == "cuda"
-    build(easel, jobs, args.out, ZooSettings(**given), verdict=verdict, compiled=compiled, stem=f"zoo-{turn}")
+    build(easel, jobs, args.out, settings_of(args), verdict=verdict, compiled=compiled, stem=f"zoo-{turn}")
     return 0
 
 

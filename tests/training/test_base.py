@@ -176,3 +176,68 @@ def test_muon_learns_the_matrices_of_the_blocks_only(tokenizers):
         if "embed" in name or "relative" in name or name.endswith("denoiser.proj_out.weight")
     ]
     assert len(chosen) == 2 * 14 + 8 * 6 + 3 * 7
+
+
+def batches(**changes) -> base.Batches:
+    """Batches of 400 captions whose tokens are all 5 and whose pooled vectors are all 1; the empty ones are 0."""
+    made = object.__new__(base.Batches)
+    cache = base.Cache(
+        latents=torch.zeros(10, 64, 64).half(),
+        reference=torch.zeros(10, 64, 64).half(),
+        tokens=torch.full((10, 12), 5, dtype=torch.int16),
+        pooled=torch.ones(10, 8).half(),
+    )
+    made.plain = made.edits = cache
+    made.settings = base.BaseSettings(batch=4000, edit_batch=4000, **changes)
+    made.device, made.generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    made.empty_ids, made.empty_pooled, made.vocabulary = torch.zeros(1, 12), torch.zeros(1, 8), 50
+    return made
+
+
+def test_captions_are_dropped_and_half_the_pooled_vectors_too():
+    tokens, pooled, _, reference = batches().draw(False)
+    unread, unpooled = (tokens == 0).all(1), (pooled == 0).all(1)
+    wrong = ~unread & (tokens != 5).any(1)
+    assert (unread & unpooled).float().mean() == pytest.approx(0.1, abs=0.02)
+    assert (unread & ~unpooled).float().mean() == pytest.approx(0.9 * 0.05, abs=0.01)
+    assert (~unread & unpooled).float().mean() == pytest.approx(0.9 * 0.5, abs=0.03)
+    assert wrong.float().mean() == pytest.approx(0.9 * 0.05, abs=0.015)
+    assert not (wrong & unpooled).any()
+    assert reference == ()
+
+
+def test_undamaged_batches_lose_whole_captions_only():
+    tokens, pooled, _, reference = batches().draw(True, damage=False)
+    assert torch.equal((tokens == 0).all(1), (pooled == 0).all(1))
+    assert set(tokens.unique().tolist()) == {0, 5} and len(reference) == 1
+
+
+def test_a_later_run_finds_the_caches(tmp_path):
+    assert base.kept(tmp_path / "c") is None
+    plain = base.Cache(
+        latents=torch.randn(3, 4, 4).half(),
+        reference=None,
+        tokens=torch.ones(3, 2, dtype=torch.int16),
+        pooled=torch.randn(3, 2).half(),
+    )
+    edits = base.Cache(
+        latents=plain.latents + 1,
+        reference=plain.latents.clone(),
+        tokens=plain.tokens.clone(),
+        pooled=plain.pooled.clone(),
+    )
+    base.keep([plain, edits], tmp_path / "c")
+    again, changed = base.kept(tmp_path / "c")
+    assert torch.equal(again.latents, plain.latents) and again.reference is None
+    assert torch.equal(changed.reference, plain.latents) and torch.equal(changed.latents, edits.latents)
+
+
+def test_swapping_the_average_keeps_addresses():
+    model = torch.nn.Linear(2, 2)
+    average = loop.Average({"m": model}, 0.5)
+    live, kept = model.weight.detach().clone(), torch.zeros(2, 2)
+    average.kept["m.weight"].zero_()
+    address = model.weight.data_ptr()
+    average.swap()
+    assert torch.equal(model.weight, kept) and torch.equal(average.kept["m.weight"], live)
+    assert model.weight.data_ptr() == address

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -154,3 +155,19 @@ def test_rasterise_keeps_proportion():
     assert picture.size == (128, 128) and picture.mode == "RGBA"
     left, top, right, bottom = picture.getbbox()
     assert (right - left, bottom - top) == (128, 64)
+
+
+def test_every_concept_is_described_in_phrases_of_its_own():
+    known = concepts.load_concepts().values()
+    assert min(len(c.described) for c in known) >= 9
+    phrases = [phrase for c in known for phrase in c.described]
+    assert len(set(phrases)) == len(phrases)
+    names = {name for c in known for name in c.names}
+    assert not names & set(phrases)
+
+
+def test_remarks_leave_the_wish_whole():
+    rng = random.Random(4)
+    said = {captions.chatty("a red dog", rng) for _ in range(200)}
+    assert all("a red dog" in words for words in said)
+    assert "a red dog" in said and len(said) > 30

@@ -26,6 +26,10 @@ ON = (
     "set on {}",
     "placed on a {}",
 )
+COLOURED = (
+    "background {}", "background: {}", "the background is {}", "{} in the background", "background color {}", "backdrop in {}", "where the back is {}",
+    "surrounded by {}", "{} behind", "and {} as the background", "its background {}", "{} at the back", "colored {} in the back",
+)  # fmt: skip
 GROUND = ("background", "background", "background", "backdrop", "ground", "surface", "canvas", "backing", "")
 STYLED = (
     "{} style",
@@ -38,7 +42,28 @@ STYLED = (
     "{}",
     "the {} look",
     "rendered in {} style",
+    "looking like {}",
+    "{} version",
+    "with a {} feel",
+    "inspired by {}",
+    "from the {} set",
+    "style {}",
 )
+# what people write around a wish, and what a reader must learn to pass over
+OPENERS = (
+    "hi", "hello there", "hey", "ok so", "quick one", "next", "good morning", "my daughter asked for this", "for the school newsletter",
+    "for a poster", "for grandma's birthday card", "i am decorating a room", "we are making a game", "for my blog", "as a logo", "if you can",
+    "whenever you have time", "i keep dreaming of this", "in one picture", "task", "wanted", "new idea", "client request", "today's picture",
+    "what i have in mind is", "it would be lovely to have", "is it possible to get", "do you think you could make", "try to come up with",
+    "let us have", "how about", "surprise us with", "put together", "the teacher wants", "my brother likes", "everybody loves",
+)  # fmt: skip
+CLOSERS = (
+    "thanks", "thank you so much", "thanks a lot", "if possible", "as soon as you can", "nothing else in it", "keep it simple", "make it pretty",
+    "for a t-shirt", "for our shop", "that is all", "no text", "high quality", "very cute", "well drawn", "just like that", "you know what i mean",
+    "it is for a friend", "we will print it", "as you like it", "with love", "nice and clean", "ok", "please and thank you", "cheers",
+    "good enough for a sticker", "no people", "by tomorrow", "i will use it as an avatar", "that would make my day",
+)  # fmt: skip
+CHATTER = 0.15  # how often each of them is said
 NUMBERS = {2: ("two", "2", "a pair of", "a couple of"), 3: ("three", "3"), 4: ("four", "4")}
 PLACES = {
     "center": ("in the middle", "in the center", "centered", ""),
@@ -106,7 +131,16 @@ def ground_words(ground: Ground, rng: random.Random) -> str:
     else:
         joint = rng.choice((" to ", " to ", " fading to ", " into "))
         words = f"{ground.top}{joint}{ground.bottom} {rng.choice(('gradient ', 'gradient ', ''))}{rng.choice(GROUND[:5])}"
+    if rng.random() < 0.2:
+        return rng.choice(COLOURED).format(said(ground))
     return rng.choice(ON).format(words.strip())
+
+
+def said(ground: Ground) -> str:
+    """The bare name of a background: `blue`, `blue to pink`, `night sky`."""
+    if ground.pattern is not None:
+        return ground.pattern
+    return ground.top if ground.top == ground.bottom else f"{ground.top} to {ground.bottom}"
 
 
 def style_words(style: str, rng: random.Random) -> str:
@@ -123,9 +157,20 @@ def assemble(things: str, style: str | None, ground: Ground | None, rng: random.
         f"{drawn} {lead}{things} {behind}", f"{lead}{things} {drawn} {behind}", f"{lead}{things} {behind} {drawn}",
         f"{lead}{things}, {drawn}, {behind}", f"{drawn}, {things}, {behind}", f"{behind}, {things}, {drawn}", f"{drawn}: {things}, {behind}",
         f"{behind} {things} {drawn}", f"{lead}{things}, {behind}, {drawn}", f"{drawn} {things} {behind}",
+        f"{things}. {drawn}. {behind}.", f"{lead}{things} ({drawn}), {behind}", f"{drawn}; {behind}; {things}", f"{things} / {drawn} / {behind}",
+        f"{behind}, {drawn}: {things}", f"{things} and {behind}, {drawn}", f"{lead}{drawn} {things} that is {behind}",
     )  # fmt: skip
-    words = " ".join(rng.choice(shapes).split())
-    return words.replace(" ,", ",").replace(",,", ",").strip(" ,:")
+    words = chatty(rng.choice(shapes), rng)
+    for wrong, right in ((" ,", ","), (" .", "."), (" ;", ";"), ("()", ""), (",,", ","), ("..", ".")):
+        words = " ".join(words.replace(wrong, right).split())
+    return words.strip(" ,:;/")
+
+
+def chatty(words: str, rng: random.Random) -> str:
+    """Now and then with an opening or a closing remark."""
+    before = rng.choice(OPENERS) + rng.choice((", ", ": ", " ", " - ")) if rng.random() < CHATTER else ""
+    after = rng.choice((", ", ". ", " ", "; ")) + rng.choice(CLOSERS) if rng.random() < CHATTER else ""
+    return f"{before}{words}{after}"
 
 
 def single(name: str, place: str, rng: random.Random) -> str:
@@ -222,7 +267,5 @@ EDIT_KEEP = (
 
 def ground_edit(ground: Ground, rng: random.Random) -> str:
     """Instruction that names the new background."""
-    words = ground.pattern or (
-        ground.top if ground.top == ground.bottom else f"{ground.top} to {ground.bottom} gradient"
-    )
-    return rng.choice(EDIT_GROUND).format(words)
+    gradient = "" if ground.pattern or ground.top == ground.bottom else " gradient"
+    return rng.choice(EDIT_GROUND).format(f"{said(ground)}{gradient}")
