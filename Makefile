@@ -34,6 +34,10 @@ fmt: $(STAMP)
 bench-check: $(STAMP)  ## every row of benchmarks/results that misses its target
 	$(BIN)/python -m benchmarks.check
 
+bench-retrieval: $(STAMP)  ## finding adapters: make bench-retrieval [ZOO=folder] [ROWS=id,...] [QUICK=1]
+	$(BIN)/python -m benchmarks.retrieval $(if $(ZOO),--zoo $(ZOO)) $(if $(ROWS),--rows $(ROWS)) $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks.readme
+
 bench-%: $(STAMP)  ## one question: make bench-base [ROWS=id,...] [QUICK=1]
 	$(BIN)/python -m benchmarks.$* $(if $(ROWS),--rows $(ROWS)) $(if $(QUICK),--quick)
 	$(BIN)/python -m benchmarks.readme
