@@ -50,7 +50,7 @@ class Config:
 
     probes: int = 12
     width: int = 24
-    rank: int = 72
+    rank: int = 64
     sketch: int = 256
     noise: float = 0.02
     folds: int = 8

@@ -9,8 +9,10 @@ import torch
 from safetensors import safe_open
 
 from compose.errors import TrainingError
+from compose.training import base
 from compose.training import encoder as training
 from compose.training.encoder import Config, Targets, ask, chunks_of, config_for, find_probes, fit
+from compose.training.zoo import layers_in
 from tests.support import small_zoo
 
 CONFIG = Config(probes=4, width=8, rank=16, folds=4, steps=60)
@@ -126,3 +128,15 @@ def test_families_have_their_configuration(tmp_path, zoo):
 def test_targets_are_unit_halves():
     targets = Targets(subject=torch.arange(2), captions=torch.ones(2, 3, 4), picture=torch.ones(2, 4) * 7)
     assert torch.allclose(targets.both.norm(dim=1), torch.full((2,), 2**0.5))
+
+
+def test_the_bundled_encoder_stays_within_two_mebibytes(tmp_path):
+    model = base.transformer()
+    layers = {path: model.get_submodule(path) for path in layers_in(model, "all")}
+    shapes = {
+        f"transformer.{path}": (layer.out_features, layer.in_features) for path, layer in layers.items()
+    }
+    path = training.untrained(shapes, config_for("compose-mini"), ["compose-mini"]).save(
+        tmp_path / "e.safetensors"
+    )
+    assert path.stat().st_size <= 2 * 2**20
