@@ -377,8 +377,10 @@ class ComposePipeline:
         from compose.retrieval.select import select
 
         progress("retrieval", 0, 1)
-        family, licence, roles = self.kind.families[0], request.license, request.roles
-        choices = select(request.text, _library(library), family, request.k, licence=licence, roles=roles)
+        licence, roles = request.license, request.roles
+        # FLUX.1's adapters have the small base's names but not its shapes
+        families = self.kind.families[:1] if self.kind.name == bases.BUNDLED else self.kind.families
+        choices = select(request.text, _library(library), families, request.k, licence=licence, roles=roles)
         progress("retrieval", 1, 1)
         return [
             Use(

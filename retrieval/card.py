@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from compose.errors import LibraryError, unknown
-from compose.retrieval.dictionary import meanings
+from compose.retrieval.dictionary import descriptions, meanings
 
 ROLES = ("style", "concept", "character", "clothing", "background", "pose", "detail", "other")
 UNKNOWN = "unknown"
-_TEXTS = 24  # most texts of one card that are embedded
+_TEXTS = 40  # most texts of one card that are embedded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,15 +127,22 @@ def readable(name: str) -> str:
     return " ".join(kept) or words.strip().lower()
 
 
+def named(card: Card) -> str:
+    """A card's name as words; a version in it counts where a trigger says it too ('noto v1 style')."""
+    full = _plain(re.sub(r"[^\w]+", " ", card.name))
+    said = any(full in _plain(trigger) for trigger in card.triggers)
+    return full if said else readable(card.name)
+
+
 _FILLER = re.compile(
     r"v?\d+([a-z]|k|steps?|epochs?)?|lora|locon|lycoris|dora|lokr|loha|sdxl|sd|sd\dx?|xl|flux\d?|pony|rank\d*|final|fp16|bf16"
 )
 
 
 def texts(card: Card) -> tuple[Text, ...]:
-    """The distinct texts of a card that are embedded, at most 24: name, triggers, a summary of name and tags,
+    """The distinct texts of a card that are embedded, at most 40: name, triggers, a summary of name and tags,
     sentences of the description, single tags. A paraphrase is found by the summary more often than by any one tag."""
-    found = [Text("name", readable(card.name))]
+    found = [Text("name", named(card))]
     found += [Text("trigger", _plain(trigger)) for trigger in card.triggers]
     tags = [readable(tag) for tag in card.tags[:6]]
     found += (
@@ -145,7 +152,8 @@ def texts(card: Card) -> tuple[Text, ...]:
     )
     found += [Text("description", sentence) for sentence in _sentences(card.description)[:4]]
     if card.role not in ("style", "background"):
-        found += [Text("meaning", _plain(meaning)) for meaning in meanings(readable(card.name))]
+        name = readable(card.name)
+        found += [Text("meaning", _plain(meaning)) for meaning in (*meanings(name), *descriptions(name))]
     found += [Text("tag", readable(tag)) for tag in card.tags]
     distinct = {text.text: text for text in reversed(found) if text.text}
     return tuple(sorted(distinct.values(), key=found.index)[:_TEXTS])

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from compose.retrieval.card import Card
-from compose.retrieval.index import Hit, Index, Space, shares, speaks
-from compose.retrieval.phrases import Span, cut, parts, runs, whole
+from compose.retrieval.index import Hit, Index, Space, card_words, name_words, shares, speaks
+from compose.retrieval.phrases import Span, cut, parts, runs, stems, whole
 from compose.retrieval.scoring import Scoring, likelihood, log_odds, share, widened
 
 Source = Literal["text", "image", "weights"]
@@ -27,6 +27,8 @@ PICTURE = Span("the picture", 0, 0)
 _SPACE: dict[Source, Space] = {"text": "texts", "image": "looks", "weights": "weights"}
 _ALL = ""  # no card has this name
 _ROUNDS = 20  # of estimating the share of right texts
+_PASSING = ("style", "background")  # roles that are named in passing: 'a dog on a night sky'
+_NEAR = 64  # texts near to a phrase
 _MOST = 1000  # previews and weights compared with a phrase; beyond, cards have no witness
 
 
@@ -48,6 +50,26 @@ class Found:
     span: Span
     logit: float
     witnesses: tuple[Evidence, ...]
+
+
+class Lexicon:
+    """Which words cards use, and how much each tells: ln(1 + cards / cards that have it)."""
+
+    def __init__(self, words: Mapping[str, frozenset[str]]):
+        self._words = words
+        used = Counter(word for own in words.values() for word in own)
+        self._tells = {word: math.log(1 + len(words) / (1 + count)) for word, count in used.items()}
+        self._unused = math.log(1 + len(words))
+
+    @classmethod
+    def of(cls, cards: Iterable[Card]) -> Lexicon:
+        return cls({card.name: card_words(card) for card in cards})
+
+    def overlap(self, text: str, card: Card) -> float:
+        """The share of what the words of `text` tell that the card has, 0 to 1."""
+        asked, own = stems(text), self._words[card.name]
+        total = sum(self._tells.get(word, self._unused) for word in asked)
+        return sum(self._tells[word] for word in asked & own) / total if total else 0.0
 
 
 def ranked(
@@ -108,12 +130,13 @@ def _texts(
 ) -> dict[str, list[Evidence]]:
     """By card: for each span the best of its texts that are near."""
     said = [span.text for span in spans]
-    rivals = [hits[0].cosine if hits else -1.0 for hits in index.by_words(said, known, most=1)]
+    lexicon = Lexicon.of([*cards, *known])
+    rivals = _rivals(said, known, index, lexicon, scoring)
     shared = shares(cards)
     found: dict[tuple[str, Span], Evidence] = {}
-    for span, rival, hits in zip(spans, rivals, index.by_words(said, cards), strict=True):
+    for span, rival, hits in zip(spans, rivals, index.by_words(said, cards, _NEAR), strict=True):
         for hit in hits:
-            one = Evidence("text", _score(span, hit, rival, shared, scoring), span, hit)
+            one = Evidence("text", _score(span, hit, rival, lexicon, shared, scoring), span, hit)
             key = hit.card.name, span
             found[key] = max(one, found.get(key, one), key=lambda e: e.value)
     return _by_card(found.values())
@@ -205,8 +228,7 @@ def _unspent(
     unless a card names it better ('sun behind large cloud' beside the known 'sun')."""
     candidates = runs(words, phrases) if known else []
     said = [span.text for span in candidates]
-    rival = [hits[0].cosine for hits in index.by_words(said, known, most=1)]
-    own = [hits[0].cosine if hits else -1.0 for hits in index.by_words(said, cards, most=1)]
+    rival, own = (_named(said, some, index) for some in (known, cards))
     table = list(zip(candidates, rival, own, strict=True))
     spent = [span for span, theirs, ours in table if theirs >= scoring.known and theirs >= ours]
     named = [span for span, theirs, ours in table if ours >= scoring.known and ours > theirs]
@@ -219,11 +241,41 @@ def _unspent(
     ]
 
 
-def _score(span: Span, hit: Hit, rival: float, shared: Counter[str], scoring: Scoring) -> float:
-    nearer = max(0.0, rival - hit.cosine + scoring.margin) if rival > -1.0 else 0.0
+def _named(said: Sequence[str], cards: Sequence[Card], index: Index) -> list[float]:
+    """How near each text is to one of the cards' texts; 1 where a name or tag has the same words ('bells', 'bell')."""
+    names = {name for card in cards for name in name_words(card)}
+    near = index.by_words(said, cards, most=1)
+    return [
+        1.0 if stems(text) in names else max((hit.cosine for hit in hits), default=-1.0)
+        for text, hits in zip(said, near, strict=True)
+    ]
+
+
+def _rivals(
+    said: Sequence[str], known: Sequence[Card], index: Index, lexicon: Lexicon, scoring: Scoring
+) -> list[float]:
+    """How near each span is to what the base draws by itself; -1 where nothing tells what that is."""
+    return [
+        max((_nearness(text, hit, lexicon, scoring) for hit in hits), default=-1.0)
+        for text, hits in zip(said, index.by_words(said, known, _NEAR), strict=True)
+    ]
+
+
+def _nearness(text: str, hit: Hit, lexicon: Lexicon, scoring: Scoring) -> float:
+    """Cosine of meanings; the share of words that the card has closes a part of the gap to 1."""
+    return hit.cosine + scoring.lexical * lexicon.overlap(text, hit.card) * (1 - hit.cosine)
+
+
+def _score(
+    span: Span, hit: Hit, rival: float, lexicon: Lexicon, shared: Counter[str], scoring: Scoring
+) -> float:
+    near = _nearness(span.text, hit, lexicon, scoring)
+    nearer = max(0.0, rival - near + scoring.margin) if rival > -1.0 else 0.0
     kind = scoring.tag if hit.evidence.kind == "tag" else 1.0
     common = math.log(max(1, shared[hit.evidence.text]))
-    return span.factor * kind * hit.cosine - scoring.contrast * nearer - scoring.common * common
+    in_passing = hit.card.role in _PASSING and hit.evidence.kind != "tag"
+    factor = max(span.factor, scoring.passing * span.alone) if in_passing else span.factor
+    return factor * kind * near - scoring.contrast * nearer - scoring.common * common
 
 
 def by_picture(

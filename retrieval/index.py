@@ -30,6 +30,7 @@ from compose.errors import AdapterError
 from compose.retrieval.card import Card, Text, readable, texts
 from compose.retrieval.clip import bundled
 from compose.retrieval.dictionary import meanings
+from compose.retrieval.phrases import stems
 from compose.retrieval.vectors import Vectors
 
 if TYPE_CHECKING:
@@ -210,6 +211,9 @@ class Index:
         vectors.refresh(progress)
         keys = np.fromiter(wanted, np.int64, len(wanted))
         stale, missing = np.setdiff1d(vectors.keys, keys), keys[np.isin(keys, vectors.keys, invert=True)]
+        missing = np.array(
+            sorted(missing.tolist(), key=lambda key: len(wanted[key].text)), np.int64
+        )  # little padding
         vectors.remove(stale)
         if len(stale) or len(missing):
             self._typical.pop(space, None)
@@ -289,6 +293,33 @@ def speaks(card: Card) -> bool:
 def gist(card: Card) -> str:
     """What a card says, in a few words."""
     return ", ".join(dict.fromkeys([readable((*card.triggers, card.name)[0]), *card.tags[:6]]))
+
+
+def card_words(card: Card) -> frozenset[str]:
+    """The words of all texts of a card, without endings."""
+    return _stems(card.name, card.role, card.triggers, card.description, card.tags)
+
+
+def name_words(card: Card) -> frozenset[frozenset[str]]:
+    """The words of each name, trigger and tag of a card, without endings."""
+    return _name_stems(card.name, card.role, card.triggers, card.description, card.tags)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _name_stems(
+    name: str, role: str, triggers: tuple[str, ...], description: str, tags: tuple[str, ...]
+) -> frozenset[frozenset[str]]:
+    entries = _keyed(name, role, triggers, description, tags)
+    found = {stems(text.text) for _, text in entries if text.kind in ("name", "trigger", "tag")}
+    return frozenset(found - {frozenset()})
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _stems(
+    name: str, role: str, triggers: tuple[str, ...], description: str, tags: tuple[str, ...]
+) -> frozenset[str]:
+    entries = _keyed(name, role, triggers, description, tags)
+    return frozenset().union(*(stems(text.text) for _, text in entries))
 
 
 def shares(cards: Iterable[Card]) -> Counter[str]:

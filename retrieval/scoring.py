@@ -21,7 +21,8 @@ SETTINGS = "retrieval.json"  # beside the CLIP: a Scoring
 class Scoring:
     """How evidence counts; kept beside the CLIP that it was measured with.
 
-    Texts: a part of a phrase counts `part` of its cosine, the whole prompt `whole`, a tag `tag`. A text that n cards
+    Texts: the share of words that a card has closes `lexical` of the gap between a cosine and 1. Of that a part of a
+    phrase counts `part`, the whole prompt `whole`, a tag `tag`, a phrase for a style or background `passing`. A text that n cards
     share loses `common` * ln(n). A phrase within cosine `known` of a thing the base knows is spent; otherwise it costs
     `contrast` for each point by which the known thing comes nearer than the card, less `margin`. What is left has even
     odds at `threshold`, or `threshold_blind` where nothing tells what bases know, and `slope` more log-odds per point;
@@ -32,10 +33,12 @@ class Scoring:
     """
 
     threshold: float = 0.45
-    threshold_blind: float = 0.75
+    threshold_blind: float = 0.55
     part: float = 0.6
     whole: float = 0.6
     tag: float = 0.9
+    lexical: float = 0.7
+    passing: float = 0.95
     common: float = 0.02
     known: float = 0.85
     contrast: float = 1.0

@@ -54,7 +54,7 @@ class Choice:
 def select(
     prompt: str,
     library: Library,
-    family: str,
+    family: str | Sequence[str],
     k: int = 3,
     *,
     licence: str | None = None,
@@ -66,7 +66,7 @@ def select(
     weightless: bool = False,
     progress: bool = False,
 ) -> list[Choice]:
-    """At most `k` adapters of `family` that `prompt` asks for, best first; none where nothing is near enough.
+    """At most `k` adapters of `family` (or of several, the base's own first) that `prompt` asks for, best first; none where nothing is near enough.
 
     No two have the same role, unless `roles` asks for it: it lists the roles wanted, one entry per adapter
     (("concept", "concept", "style") allows two concepts and a style). `licence` is a use that the adapter's licence
@@ -80,12 +80,13 @@ def select(
         raise RequestError("the prompt is empty, so no adapter can be chosen; say what to draw")
     room = _room(roles)
     _check(by)
-    cards = [card for card in library.cards(family, licence) if weightless or card.path]
+    families = [family] if isinstance(family, str) else list(family)
+    cards = [card for one in families for card in library.cards(one, licence) if weightless or card.path]
     if not cards:
         return []
     index = _ready(library, index, progress)
     scoring = scoring or load_scoring(index.clip.folder)
-    known = known_cards(index.clip.folder, family)
+    known = known_cards(index.clip.folder, families[0])
     chosen: list[Found] = []
     for found in ranked(prompt, cards, known, index, scoring, by):
         if len(chosen) == k or share(found.logit) < threshold:

@@ -49,6 +49,11 @@ def test_file_names_become_words(name, words):
     assert readable(name) == words
 
 
+def test_a_version_that_a_trigger_says_is_part_of_the_name():
+    assert texts(Card(name="noto-v1", triggers=("noto v1 style",)))[0].text == "noto v1"
+    assert texts(Card(name="ink_v2", triggers=("ink",)))[0].text == "ink"
+
+
 def test_texts_are_distinct_and_bounded():
     card = Card(
         name="dog-face",
@@ -57,8 +62,8 @@ def test_texts_are_distinct_and_bounded():
         description="A dog. It barks.",
     )
     found = texts(card)
-    assert len(found) == 24
-    assert len({text.text for text in found}) == 24
+    assert len(found) == 40
+    assert len({text.text for text in found}) == 40
     assert [text.kind for text in found[:2]] == ["name", "summary"]
     assert "it barks." in [text.text for text in found if text.kind == "description"]
 

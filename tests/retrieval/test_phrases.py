@@ -2,7 +2,7 @@
 
 import pytest
 
-from compose.retrieval.phrases import cut, parts, runs, whole
+from compose.retrieval.phrases import clauses, cut, parts, runs, stems, whole
 
 
 def phrases(prompt: str) -> list[str]:
@@ -53,3 +53,33 @@ def test_a_very_long_prompt_is_bounded():
     assert len(runs(words, found)) <= 96
     assert len(parts(words, found, 1.0)) <= 96
     assert len(whole("x" * 9999, 1.0).text) == 500
+
+
+@pytest.mark.parametrize(
+    ("prompt", "things"),
+    [
+        ("a dog with a red collar and a bowl", ["dog with a red collar", "bowl"]),
+        ("the thing you hang your coat on", ["thing you hang your coat"]),
+        ("a cat, a hat", ["cat", "hat"]),
+        ("a mouse next to a cheese", ["mouse", "cheese"]),
+    ],
+)
+def test_a_clause_speaks_of_one_thing(prompt, things):
+    words, found = cut(prompt)
+    assert [" ".join(words[begin:end]) for begin, end in clauses(words, found)] == things
+
+
+def test_a_piece_of_a_clause_counts_less_and_least_without_its_head():
+    factors = {span.text: span.factor for span in runs(*cut("a candy on a stick"))}
+    assert factors == {
+        "candy on a stick": 1.0,
+        "candy": pytest.approx(0.85 * 0.5**0.5),
+        "stick": pytest.approx(0.6 * 0.5**0.5),
+    }
+    assert {span.text: span.factor for span in runs(*cut("bow and arrow"))}["bow and arrow"] == 1.0
+
+
+def test_words_without_endings():
+    assert stems("Striped stripes, of the puppies and boxes!") == {"strip", "puppy", "box"}
+    assert stems("running runs") == {"run"}
+    assert stems("a the of") == frozenset()

@@ -84,6 +84,8 @@ def test_only_the_family_asked_for(choose):
     assert choose("a cat") == []
     assert choose("a cat", family="sdxl") == ["cat"]
     assert choose("a cat", family="sd3") == []
+    assert choose("a cat", family=("flux", "sdxl")) == ["cat"]
+    assert choose("a dog", family=("sd3", "flux")) == ["dog-face"]
 
 
 def test_k_threshold_and_licence(choose):
