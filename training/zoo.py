@@ -575,6 +575,7 @@ def _stack_for(
     fresh = Stack(model, targets, len(jobs), rank)
     fresh.attach()
     if compiled:
+        torch.compiler.reset()  # graphs of another stack would count against the limit of recompilations
         model.compile_repeated_blocks(dynamic=False)
     return fresh
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from compose.errors import TrainingError
 from compose.formats import load, save
@@ -135,6 +136,19 @@ def test_neighbours_and_padding_leave_a_job_alone(model):
     wide = crowd.layers["transformer_blocks.0.attn.to_q"]
     assert wide.down[0, 2:].abs().max() == 0 and wide.up[0, :, 2:].abs().max() == 0
     assert crowd.layers["single_transformer_blocks.0.proj_mlp"].up[0].abs().max() == 0
+
+
+def test_a_stack_compiles_and_takes_other_jobs_without_compiling_again(model):
+    plain = stacked(model, JOBS[:2], "attention").weights
+    stack = zoo.Stack(model, "attention", 2, 4)
+    stack.attach()
+    model.compile_repeated_blocks(dynamic=False, fullgraph=True, backend="aot_eager")
+    denoiser = zoo.Denoiser(model, 8)
+    zoo.train(stack, denoiser, JOBS[1::-1], lessons(JOBS[1::-1]), SETTINGS)
+    graphs = counters["stats"]["unique_graphs"]
+    zoo.train(stack, denoiser, JOBS[:2], lessons(JOBS[:2]), SETTINGS)
+    assert counters["stats"]["unique_graphs"] == graphs > 0
+    assert torch.allclose(stack.weights, plain, atol=1e-5)
 
 
 def test_the_base_is_as_before(model):
