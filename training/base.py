@@ -75,7 +75,7 @@ class BaseSettings:
     edit_batch: int = 640
     cache: int = 500_000  # text-to-image scenes kept as latents per process
     edits: int = 200_000
-    rate: float = 5e-3  # Muon's, for the matrices of the blocks
+    rate: float = 4e-3  # Muon's, for the matrices of the blocks
     share: float = 0.4  # of it, for everything else (AdamW)
     decay: float = 0.05  # weight decay of the matrices
     steps: int = 40_000

@@ -6,7 +6,7 @@
 set -euo pipefail
 HOLD=${XDG_CACHE_HOME:-$HOME/.cache}/lora-compose
 OUT=${OUT:-$HOLD/base} ARCHIVE=${ARCHIVE:-$HOLD/data/pictures.zip} PHRASES=${PHRASES:-$HOLD/data/phrases.safetensors} ASSETS=${ASSETS:-assets}
-PYTHON=${PYTHON:-.venv/bin/python} GPUS=${GPUS:-$(nvidia-smi -L | wc -l)}
+PYTHON=${PYTHON:-.venv/bin/python} GPUS=${GPUS:-$(nvidia-smi -L | wc -l)} PER_GPU=${PER_GPU:-3}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=true OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 mkdir -p "$OUT"
 
@@ -24,14 +24,15 @@ for name in "${@:-data judge vae clip base pack adapters zoo encoder shelf}"; do
       judge) "$PYTHON" -m benchmarks.judge.train --archive "$ARCHIVE" --seconds "${JUDGE_SECONDS:-430}" ;;
       vae) stage vae --seconds "${VAE_SECONDS:-430}" ;;
       clip) stage clip --seconds "${CLIP_SECONDS:-170}" ;;
-      base) stage base --batch "${BATCH:-512}" --edit-batch "${EDIT_BATCH:-320}" --cache "${CACHE:-200000}" --edits "${EDITS:-50000}" \
+      base) stage base --batch "${BATCH:-512}" --edit-batch "${EDIT_BATCH:-320}" --cache "${CACHE:-100000}" --edits "${EDITS:-30000}" \
         --seconds "${BASE_SECONDS:-900}" --pause "${PAUSE:-100000}" --distill-seconds "${DISTILL_SECONDS:-80}" ;;
       pack) "$PYTHON" -m compose.training.base --stage pack --out "$OUT" && mkdir -p "$ASSETS" && cp -r "$OUT"/assets/* "$ASSETS"/ ;;
       adapters)
-        for ((i = 0; i < GPUS; i++)); do
-          CUDA_VISIBLE_DEVICES=$i "$PYTHON" -m compose.training.starter --archive "$ARCHIVE" --part "$i/$GPUS" --base "$ASSETS/compose-mini" --out "$ASSETS/adapters" &
+        for ((i = 0; i < GPUS * PER_GPU; i++)); do # so small a model leaves most of a GPU free
+          CUDA_VISIBLE_DEVICES=$((i % GPUS)) "$PYTHON" -m compose.training.starter --archive "$ARCHIVE" --part "$i/$((GPUS * PER_GPU))" --base "$ASSETS/compose-mini" --out "$ASSETS/adapters" &
         done
-        wait ;;
+        wait
+        "$PYTHON" -m compose.training.starter_previews --base "$ASSETS/compose-mini" --adapters "$ASSETS/adapters" ;;
       zoo)
         for ((i = 0; i < GPUS; i++)); do
           CUDA_VISIBLE_DEVICES=$i "$PYTHON" -m benchmarks.zoo --archive "$ARCHIVE" --part "$i/$GPUS" --base "$ASSETS/compose-mini" --out "$OUT/zoo" &

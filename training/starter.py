@@ -50,7 +50,7 @@ class Recipe:
     scene: Callable[[Sampler], Captioned]
     rank: int
     targets: str
-    steps: int = 600
+    steps: int = 400
 
     @property
     def licence(self) -> str:
@@ -114,7 +114,7 @@ def _style(name: str) -> Recipe:
         scene=scene,
         rank=4,
         targets="all",
-        steps=900,
+        steps=600,
     )
 
 
