@@ -56,12 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="scale: the change is multiplied by alpha / rank (alpha = rank)",
     )
+    add(
+        "--kernels",
+        action="store_true",
+        default=None,
+        help="train through the GPU kernels: same steps, sooner",
+    )
     add_common_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train a LoRA, save it, draw the preview."""
-    return teach(args, Craft("compose.training.lora", (*COMMON, "rank", "alpha"), _load_into))
+    return teach(args, Craft("compose.training.lora", (*COMMON, "rank", "alpha", "kernels"), _load_into))
 
 
 def _load_into(pipe: DiffusionPipeline, path: Path) -> AbstractContextManager[None]:

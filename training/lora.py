@@ -37,6 +37,7 @@ from compose.digest import write_atomic
 from compose.errors import TrainingError, unknown
 from compose.sites import matching
 from compose.training.examples import text_encoders
+from compose.training.fused import fuse
 from compose.training.objectives import Batch, Loss, Objective, objective_of
 
 Source = Callable[[torch.Generator], Batch]  # draws a batch with the step's own generator (on the CPU)
@@ -60,6 +61,7 @@ _FREE = {
     "role",
     "licence",
     "dtype",
+    "kernels",
 }  # may change on resuming
 _CARD = ("trigger", "description", "tags", "role", "licence")
 # cuDNN's attention is left out: its backward died on short texts (28 tokens, torch 2.11).
@@ -129,10 +131,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings(Settings):
-    """Settings of a LoRA of one `rank`; `alpha` None means `rank` (strength 1)."""
+    """Settings of a LoRA of one `rank`; `alpha` None means `rank` (strength 1). `kernels`: train through our own."""
 
     rank: int = 4
     alpha: float | None = None
+    kernels: bool = False
 
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
@@ -350,7 +353,11 @@ def adapted(place: Place, settings: LoraSettings) -> Iterator[Inserted]:
     }
     with frozen(place, settings, parts):
         try:
-            yield _inject(parts, targets, settings, place.accelerator.device)
+            inserted = _inject(parts, targets, settings, place.accelerator.device)
+            if settings.kernels:
+                for line in fuse(parts.values(), place.accelerator.device):
+                    place.accelerator.print(line)
+            yield inserted
         finally:
             for part in parts.values():
                 _eject(part)
