@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-PROMPT ?= a dog face on a beige background, high contrast style
+PROMPT ?= a fox in high contrast style on a night sky
 
 .PHONY: demo test lint fmt clean bench-check
 
