@@ -24,6 +24,7 @@ from compose.assets import BASE
 from compose.bases import BUNDLED, KINDS, Kind, identify
 from compose.digest import file_digest, folder_digest
 from compose.errors import BaseModelError, unknown
+from compose.turns import BUILDING
 
 OFFLOADS = ("none", "model", "sequential")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -149,11 +150,12 @@ def _kind_of_file(name: str, shapes: Mapping[str, torch.Tensor]) -> Kind:
 def open_pipeline(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
     """The base in memory, on the CPU, in eval mode. Raises BaseModelError."""
     try:
-        if source.path.is_dir():
-            return _text_class(source.kind).from_pretrained(
-                source.path, dtype=dtype, use_safetensors=True, variant=source.variant
-            )
-        return _open_file(source, dtype)
+        with BUILDING:
+            if source.path.is_dir():
+                return _text_class(source.kind).from_pretrained(
+                    source.path, dtype=dtype, use_safetensors=True, variant=source.variant
+                )
+            return _open_file(source, dtype)
     except _FAILURES as error:
         raise BaseModelError(f"base '{source.name}' cannot be loaded: {_first_line(error)}") from None
 

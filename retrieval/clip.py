@@ -20,6 +20,7 @@ from PIL import Image
 from compose.assets import BASE, CLIP
 from compose.digest import file_digest
 from compose.errors import BaseModelError
+from compose.turns import BUILDING
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +63,8 @@ class Clip:
             raise BaseModelError(
                 f"'{folder / WEIGHTS}' is damaged ({error}); install lora-compose again"
             ) from error
-        tower = CLIPTextModel.from_pretrained(base / "text_encoder").float().eval()
+        with BUILDING:
+            tower = CLIPTextModel.from_pretrained(base / "text_encoder").float().eval()
         projection = weights.get("text_projection")
         if projection is None or projection.shape[0] != tower.config.hidden_size:
             shape = None if projection is None else list(projection.shape)
@@ -155,7 +157,7 @@ class Clip:
         import open_clip
         import torch
 
-        with torch.random.fork_rng(devices=[]):  # its random start must not move the caller's random state
+        with BUILDING, torch.random.fork_rng(devices=[]):  # its random start must not move the caller's state
             model = open_clip.CLIP(**self._config)
         state = {
             key.removeprefix("visual."): t for key, t in self._weights.items() if key.startswith("visual.")
