@@ -481,12 +481,12 @@ def train(settings: BaseSettings, archive: Path, out: Path) -> None:
     loop.leave()
 
 
+@torch.no_grad()
 def start_from(state: dict[str, Tensor], bench: Bench) -> None:
     """Begin with the weights (`denoiser.*`, `words.*`) of an earlier run instead of random ones."""
-    for name, module in bench.modules.items():
-        own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-        module.load_state_dict(own)
-    bench.average = loop.Average(bench.modules, bench.average.decay)
+    for key, parameter in bench.average.live.items():
+        parameter.copy_(state[key])
+        bench.average.kept[key].copy_(state[key])
 
 
 def distill(bench: Bench, model: Callable[..., Tensor], out: Path) -> None:

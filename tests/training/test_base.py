@@ -241,3 +241,18 @@ def test_swapping_the_average_keeps_addresses():
     average.swap()
     assert torch.equal(model.weight, kept) and torch.equal(average.kept["m.weight"], live)
     assert model.weight.data_ptr() == address
+
+
+def test_a_run_can_begin_with_the_average_of_another(tokenizers):
+    model = base.Denoise(base.transformer(), base.t5(tokenizers[1]))
+    modules = {"denoiser": model.denoiser, "words": model.words}
+    bench = base.Bench(
+        world=loop.World(), batches=None, model=model, optimizer=None, schedule=None,
+        average=loop.Average(modules, 0.9), settings=base.BaseSettings(),
+    )  # fmt: skip
+    state = {key: torch.full_like(value, 0.5) for key, value in bench.average.kept.items()}
+    base.start_from(state, bench)
+    assert all((p == 0.5).all() for p in model.parameters())
+    assert all((kept == 0.5).all() for kept in bench.average.kept.values())
+    with pytest.raises(KeyError):
+        base.start_from({}, bench)

@@ -117,11 +117,11 @@ class Sampler:
         """One to three named objects, or two to four of the same, with style and background."""
         rng, roll, style = self.rng, self.rng.random(), self.style()
         pick = self.have[style]
-        if roll < 0.58:
+        if roll < 0.54:
             place = "center" if rng.random() < 0.62 else rng.choice(list(PLACE_XY))
             slug = rng.choice(pick)
             items, things = (self.item(slug, place),), captions.single(self.say(slug), place, rng)
-        elif roll < 0.86:
+        elif roll < 0.87:
             first, second = rng.sample(pick, 2)
             upright = rng.random() < 0.25
             items = self.row((first, second), upright)
