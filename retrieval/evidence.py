@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from PIL import Image
 
 from compose.retrieval.card import Card
 from compose.retrieval.index import Hit, Index, Space, card_words, name_words, shares, speaks
-from compose.retrieval.phrases import Span, cut, parts, runs, stems, whole
+from compose.retrieval.phrases import Span, clauses, cut, parts, runs, stems, whole
 from compose.retrieval.scoring import Scoring, likelihood, log_odds, share, widened
 
 Source = Literal["text", "image", "weights"]
@@ -82,8 +82,8 @@ def ranked(
 ) -> list[Found]:
     """Every card for which anything speaks, by its likeliest part of the prompt, best first."""
     words, phrases = cut(prompt)
-    left = _unspent(words, phrases, cards, known, index, scoring)
-    spans = _spans(prompt, words, left, scoring)
+    left, drawn = _unspent(words, phrases, cards, known, index, scoring)
+    spans = _spans(prompt, words, left, drawn, scoring)
     told = _texts(spans, cards, known, index, scoring) if "text" in by else {}
     asked = runs(words, left)
     looks = index.clip.text([span.text for span in asked])
@@ -108,9 +108,19 @@ def ranked(
 
 
 def _spans(
-    prompt: str, words: Sequence[str], left: Sequence[tuple[int, int]], scoring: Scoring
+    prompt: str,
+    words: Sequence[str],
+    left: Sequence[tuple[int, int]],
+    drawn: Sequence[tuple[int, int]],
+    scoring: Scoring,
 ) -> list[Span]:
-    spans = runs(words, left) + parts(words, left, scoring.part) + [whole(prompt, scoring.whole)]
+    """What is compared with texts; spans within a clause of `drawn` say how or where, rather than what."""
+    spans = runs(words, left) + parts(words, left, scoring.part)
+    spans = [
+        replace(span, manner=any(begin <= span.begin and span.end <= end for begin, end in drawn))
+        for span in spans
+    ]
+    spans.append(whole(prompt, scoring.whole))
     return list({span.text: span for span in reversed(spans)}.values())
 
 
@@ -119,7 +129,8 @@ def told(
 ) -> list[tuple[Card, float]]:
     """Every card whose texts are near, with its best score, best first."""
     words, phrases = cut(prompt)
-    spans = _spans(prompt, words, _unspent(words, phrases, cards, known, index, scoring), scoring)
+    left, drawn = _unspent(words, phrases, cards, known, index, scoring)
+    spans = _spans(prompt, words, left, drawn, scoring)
     by_card = _texts(spans, cards, known, index, scoring).values()
     best = [max(found, key=lambda one: one.value) for found in by_card]
     return sorted(((one.hit.card, one.value) for one in best), key=lambda pair: (-pair[1], pair[0].name))
@@ -223,9 +234,12 @@ def _unspent(
     known: Sequence[Card],
     index: Index,
     scoring: Scoring,
-) -> list[tuple[int, int]]:
-    """The phrases that the base does not know by itself. A phrase is spent with every run that names a known thing,
-    unless a card names it better ('sun behind large cloud' beside the known 'sun')."""
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The phrases that the base does not know by itself, and the clauses about a thing that it does.
+
+    A phrase is spent with every run that names a known thing, unless a card names it better ('sun behind large cloud'
+    beside the known 'sun').
+    """
     candidates = runs(words, phrases) if known else []
     said = [span.text for span in candidates]
     rival, own = (_named(said, some, index) for some in (known, cards))
@@ -233,12 +247,15 @@ def _unspent(
     spent = [span for span, theirs, ours in table if theirs >= scoring.known and theirs >= ours]
     named = [span for span, theirs, ours in table if ours >= scoring.known and ours > theirs]
     freed = [span for span in named if not any(other.covers(span) for other in spent)]
-    return [
+    left = [
         (begin, end)
         for begin, end in phrases
         if any(span.begin <= begin and end <= span.end for span in freed)
         or not any(span.begin <= begin and end <= span.end for span in spent)
     ]
+    heads = {begin: (begin, end) for begin, end in phrases}
+    drawn = [one for one in clauses(words, phrases) if heads[one[0]] not in left]
+    return left, drawn
 
 
 def _named(said: Sequence[str], cards: Sequence[Card], index: Index) -> list[float]:
@@ -275,6 +292,7 @@ def _score(
     common = math.log(max(1, shared[hit.evidence.text]))
     in_passing = hit.card.role in _PASSING and hit.evidence.kind != "tag"
     factor = max(span.factor, scoring.passing * span.alone) if in_passing else span.factor
+    factor *= scoring.manner if span.manner and hit.card.role not in _PASSING else 1.0
     return factor * kind * near - scoring.contrast * nearer - scoring.common * common
 
 

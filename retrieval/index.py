@@ -40,6 +40,7 @@ PREVIEW, WEIGHTS = "preview", "weights"
 Space = Literal["words", "texts", "looks", "weights", "gists"]
 _SAMPLE = 4096  # bytes of a picture's head and tail that identify it, beside its size
 _BATCH = 64
+_POOLS = 4
 _TYPICAL = 1000  # vectors that stand for a whole space
 _log = logging.getLogger(__name__)
 
@@ -102,6 +103,9 @@ class Index:
         self._folder = None if folder is None else folder / "vectors"
         self._spaces: dict[Space, Vectors] = {}
         self._typical: dict[Space, np.ndarray] = {}
+        self._pools: dict[
+            tuple[int, ...], tuple[tuple[Card, ...], Mapping[int, list[tuple[Card, Text]]]]
+        ] = {}
 
     @property
     def weighed(self) -> Sequence[str]:
@@ -150,7 +154,16 @@ class Index:
 
     def by_words(self, texts: Sequence[str], cards: Iterable[Card], most: int = 64) -> list[list[Hit]]:
         """For each text the nearest texts of `cards`, at most `most`, best first."""
-        return self._search("words", self.clip.words(texts), _owners(cards, _texts), most)
+        return self._search("words", self.clip.words(texts), self._speakers(tuple(cards)), most)
+
+    def _speakers(self, cards: tuple[Card, ...]) -> Mapping[int, list[tuple[Card, Text]]]:
+        """Which cards a text speaks for; kept for the last few sets of cards, since one search asks several times."""
+        key = tuple(map(id, cards))
+        if key not in self._pools:
+            if len(self._pools) >= _POOLS:
+                self._pools.pop(next(iter(self._pools)))
+            self._pools[key] = cards, _owners(cards, _texts)  # the cards too, so that no id is used again
+        return self._pools[key][1]
 
     def by_look(
         self, looks: np.ndarray, cards: Iterable[Card], space: Space, most: int = 64

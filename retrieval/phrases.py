@@ -168,6 +168,7 @@ _SMALL = frozenset(
         "off",
     ]
 )
+_SILENT = _BETWEEN | _EMPTY | _SMALL
 _HEAD, _TAIL = 0.85, 0.6  # how much a piece of a clause counts with its head, and without
 _LETTERS = re.compile(r"[^\W_]+")
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[,.;:!?()\n|]")
@@ -176,13 +177,15 @@ _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[,.;:!?()\n|]")
 @dataclass(frozen=True, slots=True)
 class Span:
     """A piece of the prompt, where its words stand (`begin` to `end`), and how much its evidence counts; `alone` as
-    much as if its clause had no other words (styles and backgrounds are named in passing)."""
+    much as if its clause had no other words (styles and backgrounds are named in passing). `manner`: its clause is
+    about another thing, so that it says how or where."""
 
     text: str
     begin: int
     end: int
     factor: float = 1.0
     alone: float = 0.0
+    manner: bool = False
 
     def overlaps(self, other: Span) -> bool:
         """Whether two spans share a word: one word of the prompt calls for one adapter."""
@@ -259,7 +262,7 @@ def _shared(one: tuple[int, int], other: tuple[int, int]) -> int:
 def stems(text: str) -> frozenset[str]:
     """The words of a text that say something, without case and endings: 'striped stripes' is {'strip'}."""
     words = (match[0] for match in _LETTERS.finditer(text.casefold()))
-    return frozenset(_stem(word) for word in words if word not in _BETWEEN and word not in _SMALL)
+    return frozenset(_stem(word) for word in words if word not in _SILENT)
 
 
 def _stem(word: str) -> str:

@@ -22,7 +22,8 @@ class Scoring:
     """How evidence counts; kept beside the CLIP that it was measured with.
 
     Texts: the share of words that a card has closes `lexical` of the gap between a cosine and 1. Of that a part of a
-    phrase counts `part`, the whole prompt `whole`, a tag `tag`, a phrase for a style or background `passing`. A text that n cards
+    phrase counts `part`, the whole prompt `whole`, a tag `tag`, a phrase for a style or background `passing`, and what
+    is said of a thing that the base draws by itself `manner` for cards of other roles. A text that n cards
     share loses `common` * ln(n). A phrase within cosine `known` of a thing the base knows is spent; otherwise it costs
     `contrast` for each point by which the known thing comes nearer than the card, less `margin`. What is left has even
     odds at `threshold`, or `threshold_blind` where nothing tells what bases know, and `slope` more log-odds per point;
@@ -37,8 +38,9 @@ class Scoring:
     part: float = 0.6
     whole: float = 0.6
     tag: float = 0.9
-    lexical: float = 0.7
+    lexical: float = 0.9
     passing: float = 0.95
+    manner: float = 0.5
     common: float = 0.02
     known: float = 0.85
     contrast: float = 1.0
@@ -82,8 +84,9 @@ def calibrate(needed: Sequence[float], unneeded: Sequence[float], none_share: fl
     """The threshold under which nothing is chosen.
 
     `needed` are the scores of the right card for prompts that need it, `unneeded` the best scores for prompts that
-    need none. At least `none_share` of the latter end without an adapter; the threshold lies midway between the last
-    of them and the next needed score. Raises LibraryError when either list is empty.
+    need none. At least `none_share` of the latter end without an adapter; the threshold lies a tenth of the way from
+    the last of them to the next needed score, since people describe what these prompts name.
+    Raises LibraryError when either list is empty.
     """
     if not needed or not unneeded:
         raise LibraryError(
@@ -91,7 +94,7 @@ def calibrate(needed: Sequence[float], unneeded: Sequence[float], none_share: fl
         )
     floor = float(np.quantile(np.asarray(unneeded, np.float64), none_share, method="higher"))
     above = [score for score in needed if score > floor]
-    return (floor + min(above)) / 2 if above else floor + 1e-4
+    return floor + (0.1 * (min(above) - floor) if above else 1e-4)
 
 
 def widened(mean: float, deviation: float, count: int, scoring: Scoring) -> tuple[float, float]:
