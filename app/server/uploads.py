@@ -42,8 +42,11 @@ def clean_name(name: str) -> str:
     return stem + SUFFIX
 
 
-def take(library: Library, file: IO[bytes], name: str, most: int = MOST_BYTES) -> dict[str, Any]:
-    """Store an uploaded file in the library and add it -> what `compose library add --json` prints.
+def take(
+    library: Library, file: IO[bytes], name: str, most: int = MOST_BYTES, preview: Path | None = None
+) -> dict[str, Any]:
+    """Store an uploaded file in the library, its `preview` (PNG) beside it, and add it -> what `compose library add
+    --json` prints.
 
     Raises AdapterError (not safetensors, damaged, too large, NaN weights, no adapter in it); nothing is kept then.
     """
@@ -59,18 +62,26 @@ def take(library: Library, file: IO[bytes], name: str, most: int = MOST_BYTES) -
     finally:
         with suppress(FileNotFoundError):
             os.unlink(part)
+    shown = path.with_suffix(".png")
+    if preview is not None and preview.is_file():
+        shutil.copyfile(preview, shown)
     try:
         report = add_checked(library, path)
     except (AdapterError, LibraryError) as error:
-        path.unlink(missing_ok=True)
+        _unlink(path, shown)
         raise type(error)(str(error).replace(str(path), clean)) from None
     if report["refused"] or not (report["added"] or report["changed"]):
-        path.unlink(missing_ok=True)
+        _unlink(path, shown)
         reason = (
             report["refused"][0]["reason"] if report["refused"] else "the library has this adapter already"
         )
         raise AdapterError(f"'{clean}': {reason}".replace(str(path), clean))
     return report
+
+
+def _unlink(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _copy(file: IO[bytes], out: IO[bytes], most: int) -> None:
@@ -100,9 +111,9 @@ def forget(library: Library, card: Card) -> Path | None:
         return path
     bin = _folder(library, "removed")
     kept = _free(bin, path.name)
-    shutil.move(path, kept)
+    _move(path, kept)
     for old in sorted(bin.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
-        old.unlink(missing_ok=True)
+        _unlink(old, old.with_suffix(".png"))
     return kept
 
 
@@ -111,8 +122,16 @@ def restore(library: Library, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"'{path.name}' is gone and cannot be brought back")
     if path.parent == _folder(library, "removed"):
-        path = Path(shutil.move(path, _free(_folder(library, "uploads"), path.name)))
+        path = _move(path, _free(_folder(library, "uploads"), path.name))
     return add_checked(library, path)
+
+
+def _move(path: Path, to: Path) -> Path:
+    """Move a file, and the preview beside it."""
+    shutil.move(path, to)
+    if path.with_suffix(".png").is_file():
+        shutil.move(path.with_suffix(".png"), to.with_suffix(".png"))
+    return to
 
 
 def _folder(library: Library, name: str) -> Path:

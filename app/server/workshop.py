@@ -8,13 +8,15 @@ import io
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.app.jobs import Job, Jobs, Limits, Task, Work
 from compose.app.server.orders import Bounds, card_of, check_order, check_record
-from compose.errors import BaseModelError, RequestError, unknown
+from compose.errors import BaseModelError, ComposeError, RequestError, unknown
 from compose.plan import Branch, Policy, Step
+from compose.policies import Auto, Blocks, Schedule
 from compose.record import Record, Result, write_png
 from compose.request import Request
 
@@ -45,6 +47,7 @@ class Workshop:
         self._open_base = open_base
         self._pipes: dict[str, ComposePipeline] = {}
         self._warming, self._begun = threading.Lock(), False
+        self._searching = threading.Lock()
         self._locks = {base: threading.Lock() for base in bases}
         lanes: Mapping[str, Work] = {base: functools.partial(self._draw, base) for base in bases}
         self.jobs = Jobs(folder, lanes, limits)
@@ -98,17 +101,27 @@ class Workshop:
         return base in self._pipes
 
     def warm_up(self) -> None:
-        """Load the first base beside everything else, once, so that the first picture need not wait for it."""
+        """Load the first base and what searches the library beside everything else, once, so that the first picture
+        need not wait for them."""
         with self._warming:
             begun, self._begun = self._begun, True
         if not begun:
             threading.Thread(target=self._warm, name="warm-up", daemon=True).start()
 
     def _warm(self) -> None:
-        try:
+        with suppress(BaseModelError):  # the first order tells the user
             self.pipe(self.bases[0])
-        except BaseModelError:  # the first order tells the user
-            return
+        with suppress(ComposeError):  # the first search tells
+            self.ready()
+
+    def ready(self) -> None:
+        """Bring the search's index up to date; callers at the same time wait for one another instead of each doing all
+        of it. Raises ComposeError."""
+        from compose.retrieval.select import select
+
+        with self._searching:
+            if cards := self.library.cards():
+                select("picture", self.library, cards[0].family, k=1)
 
     def find(self, name: str) -> Any:
         """The library's card of this name. Raises LibraryError."""
@@ -171,8 +184,16 @@ def facts(look: Look) -> dict[str, Any]:
         "backend": record.backend,
         "adapters": [{name: getattr(item, name) for name in named} for item in record.adapters],
         "notes": list(record.notes),
+        "chosen": chosen(look.policy, look.steps),
         "plan": plan_data(look.policy, look.steps),
     }
+
+
+def chosen(policy: Policy | None, steps: int) -> list[str]:
+    """What `auto` chose, and why; nothing where the policy was named."""
+    while isinstance(policy, Blocks | Schedule):
+        policy = policy.policy
+    return list(policy.choice(steps)) if isinstance(policy, Auto) else []
 
 
 def plan_data(policy: Policy | None, steps: int) -> list[list[dict[str, Any]]]:

@@ -47,7 +47,7 @@ function card(pick, index) {
     picture,
     make('div', {class: 'body'},
       make('header', {}, make('strong', {}, pick.name), make('span', {class: 'role'}, pick.role || ''), score, remove),
-      make('p', {class: 'reason'}, pick.reason || (pick.trigger ? `trigger: ${pick.trigger}` : 'chosen by you')),
+      make('p', {class: 'reason', title: pick.reason || null}, pick.reason || (pick.trigger ? `trigger: ${pick.trigger}` : 'chosen by you')),
       make('div', {class: 'controls'}, slider, shown, toggle('on', 'on', 'use it'), toggle('pinned', 'pin', 'keep it when searching again'))));
 }
 
@@ -212,7 +212,7 @@ function plan() {
   const rows = names.map((name, index) => {
     const cells = state.plan.map((branches, step) => {
       const here = strength(branches, name);
-      const leads = here > 0 && names.every(other => strength(branches, other) <= here);
+      const leads = here > 0 && names.every(other => other === name || strength(branches, other) < here);
       const kept = branches.some(branch => branch.reuse && branch.weights[name]);
       return make('span', {
         class: `cell${leads ? ' leads' : ''}${kept ? ' kept' : ''}${step < state.done ? ' past' : ''}`, style: `--own:${colour(index)};--strength:${clamp(here, 0, 1)}`,
@@ -224,8 +224,10 @@ function plan() {
   });
   const passes = state.plan.reduce((sum, branches) => sum + branches.length, 0);
   const cached = state.plan.reduce((sum, branches) => sum + branches.filter(branch => branch.reuse).length, 0);
-  return make('section', {class: 'plan'}, make('h4', {}, 'Plan'), rows,
-    make('p', {class: 'hint'}, `${passes} denoiser passes in ${state.plan.length} steps${cached ? `, ${cached} of them from the cache` : ''}. The darker the stronger; framed cells lead.`));
+  const [policy, why] = state.chosen || [];
+  return make('section', {class: 'plan'}, make('h4', {}, 'Plan'),
+    policy ? make('p', {class: 'hint'}, make('b', {}, policy), ` was chosen: ${why}.`) : null, rows,
+    make('p', {class: 'hint'}, `${passes} denoiser passes in ${state.plan.length} steps${cached ? `, ${cached} of them from the cache (hatched)` : ''}. The darker the stronger; a framed cell leads its step.`));
 }
 
 function render() {
@@ -233,6 +235,7 @@ function render() {
   if (!root) return;
   chosen = clamp(chosen, 0, Math.max(0, state.picks.length - 1));
   const open = [...root.querySelectorAll('details')].map(each => each.open);
+  const held = root.contains(document.activeElement) ? document.activeElement.getAttribute('aria-label') : null;
   root.replaceChildren();
   if (!state.picks.length) {
     root.append(make('p', {class: 'empty'}, 'No adapters yet: press “Find adapters”, add one by name, or write <lora:name:0.8> in the prompt.'));
@@ -240,11 +243,12 @@ function render() {
   }
   root.append(make('div', {class: 'cards'}, state.picks.map(card)));
   const used = state.picks.map((pick, index) => [pick, index]).filter(([pick]) => pick.on);
-  root.append(make('details', {open: open[0] ?? state.open}, make('summary', {}, 'When and where'),
+  root.append(make('details', {open: open[0] ?? (state.open && innerWidth >= 700)}, make('summary', {}, 'When and where'),
     make('div', {class: 'both'},
       make('section', {class: 'when'}, make('h4', {}, 'When'), used.map(([pick, index]) => lane(pick, index)),
         make('p', {class: 'hint'}, 'Drag the ends to say when an adapter acts, the middle to set its weight. Arrow keys move a focused end by one step.')),
       where()), plan()));
+  if (held) root.querySelector(`[aria-label="${CSS.escape(held)}"]`)?.focus({preventScroll: true});
 }
 
 function take() {

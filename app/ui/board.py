@@ -20,6 +20,7 @@ _HERE = Path(__file__).parent
 EMPTY: dict[str, Any] = {
     "picks": [],
     "plan": [],
+    "chosen": [],
     "steps": 20,
     "done": 0,
     "aspect": 1.0,
@@ -115,7 +116,13 @@ def with_picks(
     kept = [pick for pick in before.values() if keep_all or pick.get("pinned")]
     names = {pick["name"] for pick in kept}
     joined = kept + [pick | _edits(before.get(pick["name"])) for pick in new if pick["name"] not in names]
-    return dict(board or EMPTY) | {"picks": joined[:MOST], "plan": [], "done": 0, "merge": False}
+    return dict(board or EMPTY) | {
+        "picks": joined[:MOST],
+        "plan": [],
+        "chosen": [],
+        "done": 0,
+        "merge": False,
+    }
 
 
 def _edits(pick: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -137,6 +144,7 @@ def after_facts(
     return dict(board or EMPTY) | {
         "picks": picks(board) + new,
         "plan": facts.get("plan", []),
+        "chosen": facts.get("chosen", []),
         "steps": facts.get("steps", 20),
         "done": done,
         "aspect": width / max(1, height),

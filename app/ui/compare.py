@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from compose.app.jobs import Job
 from compose.app.server.workshop import Workshop
+from compose.app.ui import board as boards
 from compose.app.ui import create
 from compose.app.ui import stage as stages
 from compose.app.ui.session import owner_of
@@ -70,31 +71,31 @@ AXES: dict[str, Callable[[Request, str], Request]] = {
     "seed": _seed,
     "steps": _steps,
 }
-_HINT = "policy: merge, switch · adapters: none, ink, ink+dog · weight: 0.5, 1 · seed: 1, 2, 3"
+_FIRST = {"policy": "merge, switch, composite", "weight": "0, 0.5, 1", "seed": "1, 2, 3", "steps": "8, 20"}
+_HINT = "with commas between; adapters: none, ink, ink+dog"
+
+
+_EMPTY = '<div class="stage"><p>The grid appears here.</p></div>'
 
 
 def build(workshop: Workshop, made: create.Create) -> None:
     """Lay the tab out and wire it."""
     gr.Markdown("Prompt, adapters and settings are those of **Create**; each axis changes one thing.")
     with gr.Row():
-        x = gr.Dropdown(list(AXES), value="policy", label="Columns: what changes", elem_id="x")
-        xs = gr.Textbox("merge, switch, composite", label="Columns: values", info=_HINT, elem_id="xs")
-    with gr.Row():
-        y = gr.Dropdown([*AXES, "nothing"], value="seed", label="Rows: what changes", elem_id="y")
-        ys = gr.Textbox("1, 2", label="Rows: values", elem_id="ys")
+        with gr.Column(min_width=320):
+            x, xs = _axis("Columns", list(AXES), "policy", "x")
+        with gr.Column(min_width=320):
+            y, ys = _axis("Rows", [*AXES, "nothing"], "seed", "y")
+    for what, values in ((x, xs), (y, ys)):
+        what.input(_first, [what, made.board], values, show_progress="hidden", api_visibility="private")
     with gr.Row():
         go = gr.Button("Compare", variant="primary", elem_id="compare")
         stop = gr.Button("Cancel", variant="stop", elem_id="compare-cancel")
-    stage = gr.HTML(stages.IDLE, elem_id="compare-stage")
+    stage = gr.HTML(_EMPTY, elem_id="compare-stage")
     grid = gr.Image(
-        label="Grid",
-        type="filepath",
-        format="png",
-        interactive=False,
-        buttons=["download", "fullscreen"],
-        elem_id="grid",
-    )
-    table = gr.File(label="CSV", elem_id="grid-csv", interactive=False)
+        label="Grid", type="filepath", format="png", interactive=False, visible=False, elem_id="grid", buttons=["download", "fullscreen"]
+    )  # fmt: skip
+    table = gr.File(label="CSV", elem_id="grid-csv", interactive=False, visible=False)
     current = gr.State([])
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -115,6 +116,22 @@ def build(workshop: Workshop, made: create.Create) -> None:
             workshop.jobs.cancel(id, owner_of(kept, request))
 
     stop.click(cancel, [made.memory, current], None, queue=False, **quiet)
+
+
+def _axis(name: str, kinds: list[str], kind: str, id: str) -> tuple[gr.Dropdown, gr.Textbox]:
+    with gr.Row():
+        what = gr.Dropdown(kinds, value=kind, label=f"{name} change", elem_id=id, min_width=120)
+        values = gr.Textbox(_FIRST[kind], label="to", info=_HINT, elem_id=f"{id}s", min_width=160, scale=2)
+    return what, values
+
+
+def _first(kind: str, board: dict[str, Any] | None) -> str:
+    """Values to begin with when an axis is turned to something else."""
+    if kind != "adapters":
+        return _FIRST.get(kind, "")
+    names = [pick["name"] for pick in boards.picks(board)]
+    every = ["+".join(names)] if len(names) > 1 else []
+    return ", ".join(["none", *names, *every])
 
 
 def values_of(text: str) -> list[str]:
@@ -162,7 +179,7 @@ async def compared(
     labels = ([f"{x}: {name}" for name in columns], [f"{y}: {name}" if name else "" for name in rows])
     picture, table = await run_in_threadpool(_written, shop, jobs, labels)
     said = stages.fault(failed) if failed else ""
-    yield [said, picture, table, []]
+    yield [said, gr.update(value=picture, visible=True), gr.update(value=table, visible=True), []]
 
 
 def _ordered(shop: Workshop, requests: Sequence[Sequence[Request]], owner: str) -> list[list[Job]]:

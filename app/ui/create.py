@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from compose.record import Record, read_png
 from compose.request import Request
 from compose.retrieval.select import select
 
-BACKENDS = ("auto", "fold", "torch", "peft")
+BACKENDS = ("auto", "fold", "torch", "triton", "peft")  # spelled out: their table imports torch
 FIELDS = (
     "prompt",
     "negative",
@@ -45,6 +46,7 @@ FIELDS = (
 _SHOW_STAGE = (
     "() => { if (innerWidth < 700) document.querySelector('#stage').scrollIntoView({behavior: 'smooth'}); }"
 )
+NOTHING = "Nothing in the library is near enough to this prompt: the base would draw it alone."
 _TAGS = Path(__file__).with_name("tags.js")
 
 
@@ -57,6 +59,7 @@ class Create:
     form: dict[str, gr.components.Component]
     board: gr.HTML
     add: gr.Dropdown
+    tags: gr.HTML
     stage: gr.HTML
     gallery: gr.Gallery
     places: gr.State
@@ -80,11 +83,14 @@ def build(workshop: Workshop, memory: gr.BrowserState) -> Create:
     names = [card.name for card in workshop.library.cards() if card.path]
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            form = _words(workshop, names)
+            form, tags = _words(workshop, names)
+            with gr.Row(equal_height=True):
+                find = gr.Button("Find adapters", elem_id="find", min_width=130)
+                add = gr.Dropdown(names, value=None, label="Add an adapter", elem_id="add", scale=2, min_width=160)  # fmt: skip
+                policies = [name for name in POLICIES if name != "regions"]
+                form["policy"] = gr.Dropdown(policies, value="merge", label="Policy", elem_id="policy", scale=2, min_width=140)  # fmt: skip
+            said = gr.HTML(elem_id="said")
             board = boards.component(elem_id="board")
-            with gr.Row():
-                find = gr.Button("Find adapters", elem_id="find")
-                add = gr.Dropdown(names, value=None, label="Add an adapter", elem_id="add", scale=2)
             form |= _settings(workshop)
             with gr.Accordion("Start from a picture", open=False):
                 start, mask = _pictures(form)
@@ -93,32 +99,31 @@ def build(workshop: Workshop, memory: gr.BrowserState) -> Create:
                 go = gr.Button("Create", variant="primary", elem_id="go")
                 cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", interactive=False)
             stage = gr.HTML(stages.IDLE, elem_id="stage")
-            gallery = gr.Gallery(label="Your pictures", columns=4, height="auto", object_fit="contain", fit_columns=False, elem_id="gallery", interactive=False, buttons=["download", "fullscreen"])  # fmt: skip
+            gr.HTML("<h3>Your pictures</h3>")
+            gallery = gr.Gallery(label="Your pictures", show_label=False, columns=4, height="auto", object_fit="contain", fit_columns=False, elem_id="gallery", interactive=False, buttons=["download", "fullscreen"])  # fmt: skip
             with gr.Row():
-                back = gr.Button("Send back settings", elem_id="back")
-                use = gr.Button("Use as start", elem_id="use")
+                back = gr.Button("Send back settings", elem_id="back", size="md", min_width=130)
+                use = gr.Button("Use as start", elem_id="use", size="md", min_width=130)
     made = Create(
-        workshop, memory, form, board, add, stage, gallery, gr.State([]), gr.State(None), start, mask
+        workshop, memory, form, board, add, tags, stage, gallery, gr.State([]), gr.State(None), start, mask
     )
-    _wire(made, find, go, cancel, back, use)
+    _wire(made, find, said, go, cancel, back, use)
     return made
 
 
-def _words(workshop: Workshop, names: list[str]) -> dict[str, Any]:
+def _words(workshop: Workshop, names: list[str]) -> tuple[dict[str, Any], gr.HTML]:
     prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt", placeholder="a red dog, ink style … <lora:name:0.8> works too", max_length=5000)  # fmt: skip
-    gr.HTML(value=names, html_template='<div class="tags"></div>', js_on_load=_TAGS.read_text("utf-8"), elem_id="tags", apply_default_css=False)  # fmt: skip
+    tags = gr.HTML(value=names, html_template='<div class="tags"></div>', js_on_load=_TAGS.read_text("utf-8"), elem_id="tags", apply_default_css=False)  # fmt: skip
     with gr.Row():
         auto = gr.Checkbox(True, label="Find adapters for the prompt", elem_id="auto")
         k = gr.Slider(1, 8, 3, step=1, label="At most", elem_id="k")
-    return {"prompt": prompt, "auto": auto, "k": k}
+    return {"prompt": prompt, "auto": auto, "k": k}, tags
 
 
 def _settings(workshop: Workshop) -> dict[str, Any]:
-    policies = [name for name in POLICIES if name != "regions"]
     with gr.Accordion("Settings", open=False, elem_id="settings"):
         with gr.Row():
             base = gr.Dropdown(list(workshop.bases), value=workshop.bases[0], label="Base")
-            policy = gr.Dropdown(policies, value="merge", label="Policy", elem_id="policy")
             backend = gr.Dropdown(list(BACKENDS), value="auto", label="Backend")
         with gr.Row():
             steps = gr.Textbox("", label="Steps", placeholder="the base's own", elem_id="steps")
@@ -129,8 +134,7 @@ def _settings(workshop: Workshop) -> dict[str, Any]:
             count = gr.Slider(1, workshop.bounds.count, 1, step=1, label="Pictures", elem_id="count")
         negative = gr.Textbox(label="Negative prompt", max_length=5000)
     return {
-        "base": base, "policy": policy, "backend": backend, "steps": steps, "guidance": guidance,
-        "size": size, "seed": seed, "count": count, "negative": negative,
+        "base": base, "backend": backend, "steps": steps, "guidance": guidance, "size": size, "seed": seed, "count": count, "negative": negative,
     }  # fmt: skip
 
 
@@ -145,7 +149,13 @@ def _pictures(form: dict[str, Any]) -> tuple[gr.Image, gr.Image]:
 
 
 def _wire(
-    made: Create, find: gr.Button, go: gr.Button, cancel: gr.Button, back: gr.Button, use: gr.Button
+    made: Create,
+    find: gr.Button,
+    said: gr.HTML,
+    go: gr.Button,
+    cancel: gr.Button,
+    back: gr.Button,
+    use: gr.Button,
 ) -> None:
     shop = made.workshop
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -173,18 +183,16 @@ def _wire(
 
     cancel.click(stop, [made.memory, made.job], None, queue=False, **quiet)
 
-    def search(prompt: str, k: float, base: str, board: dict) -> tuple[Any, str]:
+    async def search(prompt: str, k: float, base: str, board: dict) -> AsyncIterator[tuple[Any, str]]:
+        yield gr.skip(), _told("searching the library …")
         try:
-            return found(shop, prompt, int(k), base, board), stages.IDLE
+            seen = await run_in_threadpool(found, shop, prompt, int(k), base, board)
+            yield seen, _told("" if seen["picks"] else NOTHING)
         except ComposeError as error:
-            return gr.skip(), stages.fault(str(error))
+            yield gr.skip(), _told(str(error), "fault")
 
-    find.click(
-        search,
-        [made.form["prompt"], made.form["k"], made.form["base"], made.board],
-        [made.board, made.stage],
-        **quiet,
-    )
+    asked = [made.form["prompt"], made.form["k"], made.form["base"], made.board]
+    find.click(search, asked, [made.board, said], concurrency_limit=8, **quiet)
 
     def put(name: str | None, board: dict) -> tuple[Any, Any]:
         if not name:
@@ -238,6 +246,7 @@ def found(shop: Workshop, prompt: str, k: int, base: str, board: Mapping[str, An
     family = shop.pipe(base).kind.families[0]
     pinned = sum(bool(pick.get("pinned")) for pick in boards.picks(board))
     text = take_tags(prompt)[0]
+    shop.ready()
     choices = select(text, shop.library, family, max(0, k - pinned))
     new = [boards.pick_of(one.card, one.weight, one.score, one.reason) for one in choices]
     return boards.with_picks(board, new, keep_all=False) | {"open": bool(new or pinned)}
@@ -304,6 +313,14 @@ def _without_auto(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The board holds what was found, so that the pipeline need not search again."""
     at = FIELDS.index("auto")
     return (*values[:at], False, *values[at + 1 :])
+
+
+def _told(text: str, kind: str = "said") -> str:
+    return (
+        f'<p class="{kind}" role="{"alert" if kind == "fault" else "status"}">{escape(text)}</p>'
+        if text
+        else ""
+    )
 
 
 def _note(text: str) -> str:

@@ -25,7 +25,7 @@ _TAG = re.compile(r"<lora:[^<>]*>")
 _PAIR = re.compile(r'\s*([\w][\w /-]*?):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 
 
-def build(workshop: Workshop, made: create.Create) -> None:
+def build(workshop: Workshop, made: create.Create, tabs: gr.Tabs) -> None:
     """Lay the tab out and wire it."""
     with gr.Row():
         with gr.Column():
@@ -42,11 +42,11 @@ def build(workshop: Workshop, made: create.Create) -> None:
 
     def fill(path: str | None) -> list[Any]:
         try:
-            return create.form_of(workshop, record_of(workshop, path))
+            return [*create.form_of(workshop, record_of(workshop, path)), gr.Tabs(selected="create")]
         except ComposeError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    load.click(fill, file, made.filled, **quiet)
+    load.click(fill, file, [*made.filled, tabs], **quiet)
 
     async def draw(request: gr.Request, kept: dict, path: str | None) -> AsyncIterator[str]:
         async for said in redone(workshop, path, owner_of(kept, request), create.root_of(request)):

@@ -44,12 +44,13 @@ def build(workshop: Workshop, made: create.Create) -> list[gr.Dropdown]:
                 cancel = gr.Button("Cancel", variant="stop", elem_id="mend-cancel")
         with gr.Column(min_width=320):
             watch = gr.HTML(_NONE, elem_id="mend-stage")
-            both = gr.ImageSlider(label="Before, after", interactive=False, elem_id="mend-both", height=320)
+            both = gr.ImageSlider(label="Before, after", interactive=False, elem_id="mend-both", height=360, visible=False)  # fmt: skip
             change = gr.Image(
                 label="What has changed",
                 interactive=False,
                 elem_id="mend-change",
                 height=200,
+                visible=False,
                 buttons=["download", "fullscreen"],
             )
     job = gr.State(None)
@@ -75,7 +76,15 @@ def listed(shop: Workshop) -> list[Any]:
     """The adapters that restore, and those that may act beside them."""
     names = list(restoring.adapters(shop))
     others = [card.name for card in shop.library.cards() if card.path and card.name not in names]
-    return [gr.update(choices=names, value=next(iter(names), None)), gr.update(choices=["", *others])]
+    hint = (
+        None
+        if names
+        else "None is here yet: train one with 'compose train restore', or import one in Library."
+    )
+    return [
+        gr.update(choices=names, value=next(iter(names), None), info=hint),
+        gr.update(choices=["", *others]),
+    ]
 
 
 def tasks(shop: Workshop, adapter: str | None) -> Any:
@@ -104,7 +113,7 @@ async def mended(shop: Workshop, owner: str, root: str, values: tuple[Any, ...])
         yield [stages.stage(shop.jobs, job, root), gr.skip(), gr.skip(), None]
         return
     before, after, change = await run_in_threadpool(_pictures, shop, job, str(values[0]))
-    yield [_told(job), (before, after), change, None]
+    yield [_told(job), gr.update(value=(before, after), visible=True), gr.update(value=change, visible=True), None]  # fmt: skip
 
 
 def _ordered(shop: Workshop, owner: str, values: tuple[Any, ...]) -> Job:

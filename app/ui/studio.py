@@ -50,29 +50,23 @@ def page(workshop: Workshop) -> gr.Blocks:
     ) as blocks:
         kept = memory(workshop)
         gr.HTML(f'<div class="studio-title"><h1>lora-compose</h1><span>finds LoRAs, composes them, shows why · {__version__}</span></div>')  # fmt: skip
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap") as tabs:
             with gr.Tab("Create", id="create"):
                 made = create.build(workshop, kept)
             with gr.Tab("Compare", id="compare"):
                 compare.build(workshop, made)
             with gr.Tab("Restore", id="restore") as mending:
                 adapters = mender.build(workshop, made)
-                told = {"outputs": adapters, "show_progress": "hidden", "api_visibility": "private"}
-                mending.select(lambda: mender.listed(workshop), None, **told)
+                mending.select(lambda: mender.listed(workshop), None, adapters, **shelf.QUIET)
             with gr.Tab("Library", id="library"):
                 listing = shelf.build(workshop, made)
             with gr.Tab("Train", id="train"):
-                trainer.build(workshop, made)
+                trained = trainer.build(workshop, made)
             with gr.Tab("Picture info", id="info"):
-                info.build(workshop, made)
+                info.build(workshop, made, tabs)
         _greet(blocks, workshop, made)
-        blocks.load(
-            lambda: shelf.listed(workshop.library.cards()),
-            None,
-            listing,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        blocks.load(lambda: shelf.everything(workshop), None, listing, **shelf.QUIET)
+        trained.change(lambda: shelf.everything(workshop), None, listing, **shelf.QUIET)
     return blocks
 
 
@@ -90,6 +84,5 @@ def _greet(blocks: gr.Blocks, workshop: Workshop, made: create.Create) -> None:
         greet,
         made.memory,
         [made.memory, made.gallery, made.places, *fields],
-        show_progress="hidden",
-        api_visibility="private",
+        **shelf.QUIET,
     )

@@ -152,9 +152,9 @@ def command(values: dict[str, Any], folder: Path) -> list[str]:
     return line
 
 
-def build(workshop: Workshop, made: create.Create) -> None:
-    """Lay the tab out and wire it."""
-    runs = Runs(workshop)
+def build(workshop: Workshop, made: create.Create) -> gr.State:
+    """Lay the tab out and wire it -> changes when an adapter has been trained."""
+    runs, trained = Runs(workshop), gr.State(None)
     with gr.Row():
         with gr.Column(min_width=320):
             pictures = gr.File(label="Pictures (and captions: name.txt)", file_count="multiple", file_types=["image", ".txt"], height=160, elem_id="train-pictures")  # fmt: skip
@@ -193,9 +193,11 @@ def build(workshop: Workshop, made: create.Create) -> None:
         async for update in _watched(runs, None):
             yield update
 
-    go.click(train, inputs, [watch, samples], concurrency_limit=8, **quiet)
-    resume.click(go_on, None, [watch, samples], concurrency_limit=8, **quiet)
+    seen = [watch, samples, trained]
+    go.click(train, inputs, seen, concurrency_limit=8, **quiet)
+    resume.click(go_on, None, seen, concurrency_limit=8, **quiet)
     stop.click(lambda: runs.run and runs.run.stop(), None, None, queue=False, **quiet)
+    return trained
 
 
 async def _watched(runs: Runs, values: dict[str, Any] | None) -> AsyncIterator[list[Any]]:
@@ -207,12 +209,12 @@ async def _watched(runs: Runs, values: dict[str, Any] | None) -> AsyncIterator[l
             else await run_in_threadpool(runs.resume)
         )
     except ComposeError as error:
-        yield [stages.fault(str(error)), gr.skip()]
+        yield [stages.fault(str(error)), gr.skip(), gr.skip()]
         return
     while run.going:
-        yield [curve(run), _samples(run)]
+        yield [curve(run), _samples(run), gr.skip()]
         await anyio.sleep(0.5)
-    yield [await run_in_threadpool(_ended, runs.workshop, run), _samples(run)]
+    yield [await run_in_threadpool(_ended, runs.workshop, run), _samples(run), str(run.out)]
 
 
 def _ended(shop: Workshop, run: Run) -> str:
@@ -221,7 +223,8 @@ def _ended(shop: Workshop, run: Run) -> str:
     if code == 0 and run.out.exists():
         try:
             with run.out.open("rb") as file:
-                return curve(run, told(uploads.take(shop.library, file, f"{run.name}.safetensors")))
+                name, shown = f"{run.name}.safetensors", run.out.with_suffix(".png")
+                return curve(run, told(uploads.take(shop.library, file, name, preview=shown)))
         except ComposeError as error:
             return curve(run, f'<p class="fault" role="alert">{escape(str(error))}</p>')
     said = (

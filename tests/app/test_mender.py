@@ -55,9 +55,9 @@ def updates(workshop, given):
 def test_a_picture_is_ordered_restored_and_shown_beside_itself(workshop, tmp_path):
     found = updates(workshop, values(tmp_path))
     assert found[0][3] is not None and found[-1][3] is None
-    before, after = found[-1][1]
+    before, after = found[-1][1]["value"]
     assert before.size == after.size == (40, 36) and before.tobytes() != after.tobytes()
-    assert np.asarray(found[-1][2]).max() > 0 and 'data-state="done"' in found[-1][0]
+    assert np.asarray(found[-1][2]["value"]).max() > 0 and 'data-state="done"' in found[-1][0]
     job = workshop.jobs.of("me")[0]
     assert facts_in(workshop.jobs.pictures(job)[0])["task"] == "noise" and job.facts["restored"] == "noise"
     assert stages.gallery(workshop.jobs, "me", "/") == ([], []), "Create's gallery holds drawings"

@@ -89,7 +89,7 @@ def test_a_board_from_elsewhere_is_checked(broken):
 
 
 def test_searching_again_keeps_pins_and_edits(workshop):
-    first = create.found(workshop, "a dog in ink", 3, "tiny", None)
+    first = create.found(workshop, "a dog in ink style", 3, "tiny", None)
     assert {each["name"] for each in first["picks"]} == {"dog", "ink"}
     edited = [
         each | {"weight": 0.3} if each["name"] == "ink" else each | {"pinned": True}
