@@ -1,7 +1,9 @@
 """The triton backend: the torch backend's slots and table, with the arithmetic done by kernels.
 
-Layers that read one tensor (q, k, v, and the MLP beside them) share one shrink; a plain linear layer's own product may
-take the ranks as further iterations. A site that a kernel cannot serve runs as in the torch backend, and says why.
+Layers that read one tensor (q, k, v, and the MLP beside them) share one shrink. Where copying that tensor is cheaper than
+going over what they write, it is packed with the shrink, and each layer's own product does the expand: its weight
+moves, bits and all, to where `up` lies beside it, and moves back on detaching. A site that a kernel cannot serve runs as
+in the torch backend, and says why.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from compose.errors import BackendError
 from compose.kernels.choice import CHOICES
 from compose.kernels.lora_gate import MOST, Form, form_of, lora_gate
 from compose.kernels.lora_mix import expand_, linear, shrink
+from compose.kernels.lora_pack import Packing, Seat, layout, product
 from compose.kernels.lora_rows import DENSE, lora_rows
 from compose.kernels.support import capturing, why_not
 from compose.plan import Mix
@@ -35,37 +38,51 @@ CACHE = Path(platformdirs.user_cache_dir("lora-compose"))
 
 
 class Shared:
-    """One shrink for the sites that read one tensor: made for the first that asks, dropped after the last."""
+    """What the sites that read one tensor have in common, made for the first that asks, dropped after the last: their
+    shrink, or the tensor packed with it where there is a `packing`."""
 
-    def __init__(self, down: Tensor, scale: Tensor, members: int) -> None:
-        self.down, self.scale, self.members = down, scale, members
+    def __init__(self, down: Tensor, scale: Tensor, members: int, packing: Packing | None = None) -> None:
+        self.down, self.scale, self.members, self.packing = down, scale, members, packing
         self.first = scale[:1]
         self.forget()
 
     def forget(self) -> None:
         self.x: Tensor | None = None
-        self.hidden: Tensor | None = None
+        self.made: Tensor | None = None
+        self.is_packed = False
         self.left = 0
 
     def of(self, x: Tensor, rows: int) -> Tensor:
-        if self.x is not x:
-            self.x, self.left = x, self.members
-            self.hidden = shrink(x, self.down, self.first if rows == 1 else self.scale[:rows])
-        hidden = self.hidden
+        """x (B, .., in) -> weighted shrink (B, .., R) of all members."""
+        return self._once(x, rows, False)
+
+    def packed(self, x: Tensor, rows: int) -> Tensor:
+        """x (B, .., in) -> (tokens, width), as the packing lays it out."""
+        return self._once(x, rows, True)
+
+    def _once(self, x: Tensor, rows: int, packed: bool) -> Tensor:
+        if self.x is not x or self.is_packed != packed:
+            self.x, self.is_packed, self.left = x, packed, self.members
+            scale = self.first if rows == 1 else self.scale[:rows]
+            self.made = self.packing.of(x, scale) if packed else shrink(x, self.down, scale)
+        made = self.made
         self.left -= 1
         if self.left == 0:
-            self.x = self.hidden = None
-        return hidden
+            self.x = self.made = None
+        return made
 
 
 @dataclass(slots=True, kw_only=True)
 class FusedSlot(Slot):
     """A slot that kernels may serve. `first`: the weights of a call whose rows are all alike; `shared` and `columns`:
-    the common shrink and this site's part of it; `reason`: why it runs in plain torch."""
+    the common shrink and this site's part of it; `seat` and `both`: its part of a packed row, and what multiplies it,
+    (seat.width, out), of which the layer's weight and `up` are views; `reason`: why it runs in plain torch."""
 
     first: Tensor
     shared: Shared | None = None
     columns: slice | None = None
+    seat: Seat | None = None
+    both: Tensor | None = None
     reason: str | None = None
 
 
@@ -138,6 +155,11 @@ def weighted(slot: FusedSlot, x: Tensor) -> Tensor:
     return hidden
 
 
+def _packed(slot: FusedSlot, x: Tensor, bias: Tensor | None) -> Tensor:
+    packed = slot.shared.packed(x, _rows(slot, x))
+    return product(packed, slot.seat, slot.both, bias).view(*x.shape[:-1], slot.up.shape[0])
+
+
 class MixedLinear(nn.Linear):
     """What a plain linear layer becomes while it carries adapters: its product and theirs in one call."""
 
@@ -149,17 +171,22 @@ class MixedLinear(nn.Linear):
         by_row = slot.down.shape[0] > DENSE and _rows(slot, input) > 1
         if slot.gate is not None or slot.bias.shape[0] or by_row or not alike:
             return _added(slot, input, F.linear(input, self.weight, self.bias))
+        if slot.seat is not None and slot.tokens is None and self.weight.stride(0) == slot.seat.width:
+            return _packed(slot, input, self.bias)  # a weight that was moved meanwhile has other strides
         return linear(input, self.weight, self.bias, weighted(slot, input), slot.up)
 
 
 class FusedBackend(TorchBackend):
-    """Side path through the kernels. Carries what the torch backend carries."""
+    """Side path through the kernels. Carries what the torch backend carries. `packs` False leaves weights in place."""
 
     hook = staticmethod(add_fused)
 
-    def __init__(self) -> None:
+    def __init__(self, packs: bool = True) -> None:
         super().__init__()
+        self._packs = packs
+        self._moved: list[nn.Module] = []
         self._groups: dict[str, list[str]] = {}
+        self._packed: set[str] | None = None  # groups that are packed, chosen before any weight moves
         self._shared: dict[str, Shared] = {}
         self._swapped: list[nn.Module] = []
         self._forget_gate()
@@ -183,26 +210,72 @@ class FusedBackend(TorchBackend):
             self._groups.setdefault(_reads(self.job.sites[name]), []).append(name)
         return [name for group in self._groups.values() for name in group]
 
+    def _chosen(self) -> set[str]:
+        """The groups that may be packed and gain by it."""
+        if not self._packs or any(map(_offloaded, self.job.roots)):
+            return set()
+        owners = Counter(id(site.module.weight) for site in self.job.sites.values())
+        movable = {n: self._movable(n, owners) for group in self._groups.values() for n in group}
+        return {
+            reads
+            for reads, group in self._groups.items()
+            if all(map(movable.get, group)) and self._pays(group)
+        }
+
+    def _movable(self, name: str, owners: Counter[int]) -> bool:
+        """Whether the site's weight is a plain layer's own, dense, on the device to stay, in rows of whole 16 bytes."""
+        site, (rank, biases) = self.job.sites[name], self._sizes[name]
+        if self._why_not(site) or not rank or biases or not _plain(site.module):
+            return False
+        weight = site.module.weight
+        dense = weight.is_contiguous() and weight.shape[1] % 8 == 0 and owners[id(weight)] == 1
+        return dense and weight.device == self.job.device
+
+    def _pays(self, group: Sequence[str]) -> bool:
+        """Whether a copy of what they read costs less than reading and writing again what they write."""
+        sites = [self.job.sites[name] for name in group]
+        copies = layout(sites[0].shape[1], [self._sizes[name][0] for name in group]).copies
+        return copies * sites[0].shape[1] <= sum(site.shape[0] for site in sites)
+
     def _slot(self, site: Site, start: int) -> Slot:
         slot = super()._slot(site, start)
         known = {field.name: getattr(slot, field.name) for field in fields(slot)}
         fused = FusedSlot(**known, first=slot.scale[:1], reason=self._why_not(site))
-        group = self._groups[_reads(site)]
-        if len(group) > 1 and fused.reason is None and not any(self._sizes[name][1] for name in group):
-            self._share(fused, site, group, start)
+        if self._packed is None:
+            self._packed = self._chosen()
+        group, packed = self._groups[_reads(site)], _reads(site) in self._packed
+        if (
+            (packed or len(group) > 1)
+            and fused.reason is None
+            and not any(self._sizes[name][1] for name in group)
+        ):
+            self._share(fused, site, group, start, packed)
         return fused
 
-    def _share(self, slot: FusedSlot, site: Site, group: Sequence[str], start: int) -> None:
+    def _share(self, slot: FusedSlot, site: Site, group: Sequence[str], start: int, packed: bool) -> None:
         """Let this slot's shrink be a part of the group's: its rows of one buffer, its columns of one table slice."""
-        ranks = [self._sizes[name][0] for name in group]
-        before = sum(ranks[: group.index(site.name)])
-        if before == 0 and _reads(site) not in self._shared:
+        ranks, place = [self._sizes[name][0] for name in group], group.index(site.name)
+        before = sum(ranks[:place])
+        if place == 0:
             down = torch.zeros(sum(ranks), site.shape[1], dtype=slot.down.dtype, device=slot.down.device)
             scale = self._table[:, start : start + sum(ranks)]
-            self._shared[_reads(site)] = Shared(down, scale, len(group))
+            packing = Packing(down, layout(site.shape[1], ranks)) if packed else None
+            self._shared[_reads(site)] = Shared(down, scale, len(group), packing)
         slot.shared = self._shared[_reads(site)]
-        slot.columns = slice(before, before + ranks[group.index(site.name)])
+        slot.columns = slice(before, before + ranks[place])
         slot.down = slot.shared.down[slot.columns]
+        if packed:
+            self._move(slot, site.module, slot.shared.packing.layout.seats[place])
+
+    def _move(self, slot: FusedSlot, module: nn.Module, seat: Seat) -> None:
+        """Put the layer's weight and `up` side by side, as the seat says."""
+        (out, inputs), rank = module.weight.shape, slot.up.shape[1]
+        both = torch.zeros(out, seat.width, dtype=slot.up.dtype, device=slot.up.device)
+        both[:, seat.x : seat.x + inputs].copy_(module.weight.data)
+        module.weight.data = both[:, seat.x : seat.x + inputs]
+        slot.up = both[:, seat.rank : seat.rank + rank]
+        slot.seat, slot.both = seat, both.T
+        self._moved.append(module)
 
     def _why_not(self, site: Site) -> str | None:
         if len(site.shape) != 2:
@@ -213,8 +286,7 @@ class FusedBackend(TorchBackend):
 
     def _hook(self, module: nn.Module, slot: Slot) -> None:
         """A plain linear layer of our own kind does both products; any other keeps its own and gets a hook."""
-        plain = type(module) is nn.Linear and not quantised(module) and "forward" not in module.__dict__
-        if not plain or slot.reason is not None:
+        if not _plain(module) or slot.reason is not None:
             super()._hook(module, slot)
             return
         setattr(module, SLOT, slot)
@@ -266,9 +338,22 @@ class FusedBackend(TorchBackend):
     def detach(self) -> None:
         for module in self._swapped:
             module.__class__ = nn.Linear
-        self._swapped, self._groups, self._shared = [], {}, {}
+        for module in self._moved:
+            module.weight.data = module.weight.data.contiguous()
+        self._swapped, self._moved = [], []
+        self._groups, self._packed, self._shared = {}, None, {}
         self._forget_gate()
         super().detach()
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether the layer is torch's own, with its own product and a weight that is one plain tensor."""
+    return type(module) is nn.Linear and not quantised(module) and "forward" not in module.__dict__
+
+
+def _offloaded(root: nn.Module) -> bool:
+    """Whether accelerate takes the model off the device between calls."""
+    return hasattr(root, "_hf_hook")
 
 
 def _reads(site: Site) -> str:

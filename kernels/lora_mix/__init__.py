@@ -28,20 +28,13 @@ BUCKET = 256  # tokens that share a choice
 SMALL = (Tile("triton", 32, 32, 32),)  # all that the CPU's interpreter needs
 SHRINKS = (
     TORCH,
-    Tile("triton", 64, 0, 128, 4, 3, 1),
-    Tile("triton", 128, 0, 64, 8, 4, 2),
+    Tile("triton", 16, 0, 256, 4, 3, 1),
     Tile("triton", 128, 0, 64, 8, 4, 4),
     Tile("triton", 64, 0, 128, 4, 3, 8),
-    Tile("triton", 16, 0, 256, 4, 3, 1),
 )
-EXPANDS = (
-    TORCH,
-    Tile("triton", 64, 128, 0, 4, 2),
-    Tile("triton", 128, 128, 0, 8, 2),
-    Tile("triton", 64, 256, 0, 8, 2),
-    Tile("triton", 32, 128, 0, 4, 2),
-)
-LINEARS = (TORCH, Tile("triton", 128, 256, 64, 8, 3), Tile("triton", 128, 128, 64, 8, 4))
+EXPANDS = (TORCH, Tile("triton", 64, 128, 0, 4, 2), Tile("triton", 128, 128, 0, 8, 2))
+ACCUMULATE = Tile("accumulate")  # the ranks' product first, the base product added to it
+LINEARS = (TORCH, ACCUMULATE, Tile("triton", 128, 256, 64, 8, 3))
 
 
 def lora_mix(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> None:
@@ -78,8 +71,8 @@ def expand_(y: Tensor, hidden: Tensor, up: Tensor) -> None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor) -> Tensor:
     """Semantics: x @ weight.T + bias + hidden @ up.T.
 
-    Either the library's product and `expand_`, or one product whose last iterations run over the ranks, so that the
-    output is written once and never read: whichever was faster at this shape.
+    The library's product and `expand_`, or the ranks' product and the library's added to it, or one product whose last
+    iterations run over the ranks, so that the output is written once and never read: whichever was fastest at this shape.
     Shape: x (.., K); weight (N, K); bias (N,); hidden (.., R); up (N, R); returns (.., N). DType: all alike.
     """
     if torch.compiler.is_compiling():
@@ -92,8 +85,8 @@ def mix_linear(
 ) -> Tensor:
     """Semantics: x @ weight.T + bias + ((x @ down.T) * scale) @ up.T, with gradients for x, bias, down and up.
 
-    For training: weight is frozen, scale (1, R) is no parameter. Only x is kept for the backward; the shrink is cheaper
-    to repeat than to keep, and nothing of full width is made beside the output.
+    For training: weight is frozen, scale (1, R) is no parameter. Beside x only the shrink is kept for the backward, and
+    nothing of full width is made beside the output.
     """
     if tuple(scale.shape) != (1, down.shape[0]):
         raise KernelError(f"scale has shape {tuple(scale.shape)}; expected (1, {down.shape[0]})")
@@ -102,36 +95,26 @@ def mix_linear(
 
 class _MixLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, down, up, scale):
-        return linear(x, weight, bias, shrink(x, down, scale), up)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, down, up, scale = inputs
-        ctx.save_for_backward(x, weight, down, up, scale)
+    def forward(ctx, x, weight, bias, down, up, scale):
+        hidden = shrink(x, down, scale)
+        ctx.save_for_backward(x, hidden, weight, down, up, scale)
+        return linear(x, weight, bias, hidden, up)
 
     @staticmethod
     def backward(ctx, grad):
         """With h = scale * (x @ down.T) and dh = scale * (grad @ up): dx = grad @ weight + dh @ down."""
-        x, weight, down, up, scale = ctx.saved_tensors
+        x, hidden, weight, down, up, scale = ctx.saved_tensors
         flat, wide = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        hidden = shrink(flat, up.T.contiguous(), scale)
         need_x, _, need_bias, need_down, need_up, _ = ctx.needs_input_grad
+        back = (flat @ up).mul_(scale) if need_x or need_down else None
         return (
-            _input_gradient(flat, weight, hidden, down).view_as(x) if need_x else None,
+            (back @ down).addmm_(flat, weight).view_as(x) if need_x else None,
             None,
             flat.sum(0) if need_bias else None,
-            hidden.T @ wide if need_down else None,
-            flat.T @ shrink(wide, down, scale) if need_up else None,
+            back.T @ wide if need_down else None,
+            flat.T @ hidden.reshape(-1, up.shape[1]) if need_up else None,
             None,
         )
-
-
-def _input_gradient(grad: Tensor, weight: Tensor, hidden: Tensor, down: Tensor) -> Tensor:
-    """grad @ weight by the library, hidden @ down added in place."""
-    total = grad @ weight
-    expand_(total, hidden, down.T.contiguous())
-    return total
 
 
 # what runs: a tile per exact shape, found by checking, then choosing, on the first call
@@ -190,7 +173,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: 
     with on_device_of(x):
         if tile is None:
             _check_linear(x, weight, bias, hidden, up)
-            tiles = LINEARS if _describable(x, weight) else LINEARS[:1]
+            tiles = LINEARS if _describable(x, weight) else LINEARS[:2]
             shape = ("linear", *weight.shape, up.shape[1])
             tile = _tile(key, shape, x, tiles, lambda tile: _product(x, weight, bias, hidden, up, tile))
         return _product(x, weight, bias, hidden, up, tile)
@@ -199,15 +182,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: 
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor, tile: Tile
 ) -> Tensor:
+    ranks, shape = hidden.reshape(-1, up.shape[1]), (*x.shape[:-1], weight.shape[0])
+    if tile.kind == "accumulate":
+        y = torch.mm(ranks, up.T) if bias is None else torch.addmm(bias, ranks, up.T)
+        return y.addmm_(x.reshape(-1, x.shape[-1]), weight.T).view(shape)
     if tile.kind == "torch" or not _describable(x, weight):
         y = F.linear(x, weight, bias)
         _expand(y, hidden, up)
         return y
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
     flat = x.view(-1, x.shape[-1])
-    y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
-    launch.launch_linear(
-        flat, weight, bias, hidden.reshape(-1, up.shape[1]), up, y.view(-1, y.shape[-1]), tile
-    )
+    launch.launch_linear(flat, weight, bias, ranks, up, y.view(-1, y.shape[-1]), tile)
     return y
 
 

@@ -13,6 +13,8 @@ from compose.kernels.fold import triton as fold
 from compose.kernels.lora_gate import triton as gate
 from compose.kernels.lora_mix import EXPANDS, LINEARS, SHRINKS
 from compose.kernels.lora_mix import triton as mix
+from compose.kernels.lora_pack import TILES as PACKS
+from compose.kernels.lora_pack import triton as pack
 from compose.kernels.lora_rows import triton as rows
 from compose.kernels.sparse_add import triton as sparse
 from compose.kernels.sparse_switch import triton as switch
@@ -22,6 +24,7 @@ ARITHMETIC = {"UPCAST": False, "PRECISION": "ieee"}
 FLOATS = ("scale", "parts", "mean_up", "gram", "stats", "gate", "gains")
 DENSE = (
     "K",
+    "W",
     "R",
     "N",
     "stride_x",
@@ -56,7 +59,7 @@ def _type(name: str, constants: dict) -> str:
         return "constexpr"
     if name in FLOATS:
         return "*fp32"
-    if name in ("edges", "index", "site_of_tile", "site_of_block"):
+    if name in ("edges", "index", "site_of_tile", "site_of_block", "places"):
         return "*i32"
     if name in ("x", "down", "out", "y", "hidden", "up", "bias", "weight", "value", "kept", "anchor"):
         return "*bf16"
@@ -79,7 +82,7 @@ def every() -> dict[str, dict]:
             **ARITHMETIC,
         }
         found[f"expand {n}"] = compiled(mix.expand_kernel, constants, tile.warps, tile.stages)
-    for n, tile in enumerate(tile for tile in LINEARS if tile.kind != "torch"):
+    for n, tile in enumerate(tile for tile in LINEARS if tile.kind == "triton"):
         blocks = {"BLOCK_T": tile.tokens, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "BLOCK_R": 64}
         constants = {"HAS_BIAS": True, "STEPS_K": 48, "STEPS_R": 2, "GROUP": 8, **blocks, **ARITHMETIC}
         found[f"linear {n}"] = compiled(
@@ -87,6 +90,13 @@ def every() -> dict[str, dict]:
             x_desc=f"tensordesc<bf16[{tile.tokens},{tile.depth}]>",
             weight_desc=f"tensordesc<bf16[{tile.columns},{tile.depth}]>",
         )  # fmt: skip
+    row = {"COPIES": 2, "FIRST": 128, "PITCH": 3328}
+    blocks = {"BLOCK_T": 16, "BLOCK_K": 512, "BLOCK_R": 128}
+    found["pack"] = compiled(pack.pack_kernel, {**row, **blocks}, 4, 3)
+    for n, tile in enumerate(tile for tile in PACKS if tile.kind != "torch"):
+        blocks = {"BLOCK_T": tile.tokens, "BLOCK_R": 128, "BLOCK_K": tile.depth, "STEPS": 24}
+        constants = {"EVEN_K": True, **row, **blocks, **ARITHMETIC}
+        found[f"pack shrink {n}"] = compiled(pack.pack_shrink_kernel, constants, tile.warps, tile.stages)
     found["sum"] = compiled(mix.sum_splits_kernel, {"SPLITS": 4, "BLOCK_T": 32, "BLOCK_R": 128}, 4, 3)
     constants = {"STEPS_R": 8, "BLOCK_T": 64, "BLOCK_N": 128, "BLOCK_R": 32, **ARITHMETIC}
     found["rows"] = compiled(rows.expand_rows_kernel, constants, 4, 2)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compose.adapter import Adapter, LowRank
-from compose.backends import BACKENDS, Budget, Job
+from compose.backends import BACKENDS, Budget, Job, fused
 from compose.backends.base import Spread
 from compose.backends.fused import FusedBackend, MixedLinear, Shared
 from compose.backends.fused_fold import FusedFoldBackend
@@ -17,6 +17,7 @@ from compose.engine import Composition, composed
 from compose.errors import BackendError
 from compose.kernels.lora_gate import VECTORS
 from compose.kernels.lora_gate import naive as gate_naive
+from compose.kernels.lora_pack import Packing
 from compose.plan import Mix
 from compose.policies import Merge, Switch
 from compose.sites import Site, Sites
@@ -71,9 +72,9 @@ def adapter(sites, name, seed, rank, match=lambda name: True, biases=False):
     return Adapter(name=name, family="x", deltas=deltas, biases=extra)
 
 
-def both(device, adapters, **more):
+def both(device, adapters, packs=True, **more):
     """(net, backend) under the plain and under the fused backend."""
-    for backend in (TorchBackend(), FusedBackend()):
+    for backend in (TorchBackend(), FusedBackend(packs)):
         net, sites = made(device)
         given = [make(sites) for make in adapters]
         backend.attach(Job(sites=sites, adapters=given, roots=[net], device=torch.device(device), **more))
@@ -90,10 +91,10 @@ def agree(nets, call):
     assert (plain - fused).norm() <= 1e-5 * plain.norm()
 
 
-@pytest.mark.parametrize("biases", [False, True])
-def test_it_computes_what_the_torch_backend_computes(biases, device):
+@pytest.mark.parametrize(("biases", "packs"), [(False, True), (False, False), (True, True)])
+def test_it_computes_what_the_torch_backend_computes(biases, packs, device):
     adapters = [*TWO, lambda s: adapter(s, "c", 3, 1, lambda name: "conv" not in name, biases)]
-    nets, backends = zip(*both(device, adapters), strict=True)
+    nets, backends = zip(*both(device, adapters, packs), strict=True)
     x, grid = torch.randn(2, 9, 24, device=device), torch.randn(2, 3, 6, 6, device=device)
     for weights in ({"a": 0.5, "b": -1.0, "c": 2.0}, {"b": 1.0}, {}):
         for backend in backends:
@@ -105,10 +106,11 @@ def test_it_computes_what_the_torch_backend_computes(biases, device):
             agree(nets, lambda net, flat=flat: net.to_q(flat))
 
 
-def test_rows_of_a_call_may_differ(device):
+@pytest.mark.parametrize("packs", [True, False])
+def test_rows_of_a_call_may_differ(packs, device):
     for rank in (5, 140):  # all ranks for every row, and only those a row needs
         adapters = [lambda s, r=rank: adapter(s, "a", 1, r), lambda s: adapter(s, "b", 2, 3)]
-        nets, backends = zip(*both(device, adapters, budget=Budget(rows=3)), strict=True)
+        nets, backends = zip(*both(device, adapters, packs, budget=Budget(rows=3)), strict=True)
         rows = [Mix(weights={"a": 1.0}), Mix(weights={"b": -0.5}), Mix(weights={})]
         for backend in backends:
             backend.apply(rows)
@@ -127,22 +129,61 @@ def test_masks_reach_the_kernels(device):
     agree(nets, lambda net: net.to_q(x))
 
 
-def test_layers_that_read_one_tensor_shrink_it_once(device, monkeypatch):
-    (_, _), (net, backend) = both(device, TWO)
+@pytest.mark.parametrize("packs", [True, False])
+def test_layers_that_read_one_tensor_shrink_it_once(packs, device, monkeypatch):
+    (_, _), (net, backend) = both(device, TWO, packs)
     backend.apply([Mix(weights={"a": 1.0, "b": 1.0})])
-    made_of = []
-    monkeypatch.setattr(
-        "compose.backends.fused.shrink",
-        lambda x, down, scale, run=FusedBackend.__init__.__globals__["shrink"]: (
-            made_of.append(tuple(down.shape)),
-            run(x, down, scale),
-        )[1],
-    )
+    made_of, shared = [], list(backend._shared.values())
+
+    pack, shrink = Packing.of, fused.shrink
+    monkeypatch.setattr(Packing, "of", lambda own, x, w: made_of.append(own.down.shape) or pack(own, x, w))
+    monkeypatch.setattr(fused, "shrink", lambda x, down, w: made_of.append(down.shape) or shrink(x, down, w))
     net(torch.randn(1, 9, 24, device=device))
     assert made_of == [(8 + 3 + 8, 24), (8, 16)]  # q, k and v together, then out
-    shared = [slot.shared for slot in backend._slots.values() if slot.shared is not None]
-    assert len(shared) == 3 and all(each is shared[0] for each in shared)
-    assert shared[0].x is None and shared[0].hidden is None  # nothing is kept alive
+    slots = [backend._slots[f"net.attn.{name}"] for name in NAMES]
+    assert all(slot.shared is shared[0] and (slot.seat is not None) == packs for slot in slots)
+    assert all(each.x is None and each.made is None for each in shared)  # nothing is kept alive
+
+
+def test_packed_weights_move_bits_and_all_and_come_back(device):
+    net, sites = made(device)
+    kept, backend = {name: p.clone() for name, p in net.named_parameters()}, FusedBackend()
+    adapters = [adapter(sites, "a", 1, 3, lambda name: "conv" not in name)]
+    backend.attach(Job(sites=sites, adapters=adapters, roots=[net], device=torch.device(device)))
+    assert net.to_q.weight.stride() == (24 + 16, 1) and net.out.weight.stride() == (16 + 16, 1)
+    assert all(torch.equal(p, kept[name]) for name, p in net.named_parameters())
+    assert backend._slots["net.attn.to_q"].up._base is backend._slots["net.attn.to_q"].both._base
+    backend.apply([Mix(weights={"a": 1.0})])
+    x = torch.randn(1, 9, 24, device=device)
+    drawn = net.to_q(x)
+    net.to_q.weight.data = net.to_q.weight.data.clone(memory_format=torch.contiguous_format) * 2
+    doubled = net.to_q(x)  # moved or changed since: the weight in the layer counts
+    assert torch.allclose(doubled - drawn, x @ kept["to_q.weight"].T, atol=1e-4)
+    net.to_q.weight.data = kept["to_q.weight"].clone()
+    backend.detach()
+    assert all(torch.equal(p, kept[name]) and p.is_contiguous() for name, p in net.named_parameters())
+
+
+def test_only_what_gains_and_may_move_is_packed(device):
+    def packed(net, sites, match=lambda name: "conv" not in name, rank=3):
+        backend = FusedBackend()
+        given = [adapter(sites, "a", 1, rank, match)]
+        backend.attach(Job(sites=sites, adapters=given, roots=[net], device=torch.device(device)))
+        found = {name.rpartition(".")[2] for name, slot in backend._slots.items() if slot.seat is not None}
+        backend.detach()
+        return found
+
+    assert packed(*made(device)) == {*NAMES, "out"}
+    assert (
+        packed(*made(device), lambda name: "to_q" in name) == set()
+    )  # it writes less than a copy of what it reads
+    assert packed(*made(device), rank=40) == {*NAMES, "out"}  # two copies of 24 columns against 48
+    net, sites = made(device)
+    net.to_k.weight = net.to_q.weight  # one weight for two layers
+    assert packed(net, sites) == {"out"}
+    net, sites = made(device)
+    net._hf_hook = None  # what accelerate puts on a model that it takes off the device
+    assert packed(net, sites) == set()
 
 
 def test_a_shared_shrink_is_never_that_of_another_tensor(device):

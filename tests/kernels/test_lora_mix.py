@@ -7,7 +7,7 @@ import torch
 
 from compose.kernels import lora_mix
 from compose.kernels.choice import TORCH, Choices, Tile
-from compose.kernels.lora_mix import _expanded, _product, _shrunk, naive
+from compose.kernels.lora_mix import ACCUMULATE, _expanded, _product, _shrunk, naive
 from compose.kernels.support import KernelError
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
@@ -69,13 +69,15 @@ def test_every_way_computes_the_same(tile, device):
     hidden = _shrunk(flat, down, scale, tile)
     assert error(hidden, naive.shrink(x.double(), down.double(), scale.double()).flatten(0, 1)) < 1e-5
     _expanded(out, hidden.view(2, 19, 20), up, tile)
-    weight = torch.randn(48, 80, device=device)
-    product = _product(x, weight, None, hidden.view(2, 19, 20), up, tile)
     naive.expand_(y, hidden.view(2, 19, 20), up)
     assert error(out, y) < 1e-5
-    base = x @ weight.T
-    naive.expand_(base, hidden.view(2, 19, 20), up)
-    assert error(product, base) < 1e-5
+    weight, bias = torch.randn(48, 80, device=device), torch.randn(48, device=device)
+    for way in (tile, ACCUMULATE):
+        for given in (None, bias):
+            product = _product(x, weight, given, hidden.view(2, 19, 20), up, way)
+            base = torch.nn.functional.linear(x, weight, given)
+            naive.expand_(base, hidden.view(2, 19, 20), up)
+            assert error(product, base) < 1e-5
 
 
 def test_ranks_without_weight_cost_nothing_and_read_nothing(device):
