@@ -120,7 +120,8 @@ def _spans(
         replace(span, manner=any(begin <= span.begin and span.end <= end for begin, end in drawn))
         for span in spans
     ]
-    spans.append(whole(prompt, scoring.whole))
+    unspent = " ".join(word for begin, end in left for word in words[begin:end])
+    spans.append(replace(whole(prompt, scoring.whole), words=unspent))
     return list({span.text: span for span in reversed(spans)}.values())
 
 
@@ -142,7 +143,7 @@ def _texts(
     """By card: for each span the best of its texts that are near."""
     said = [span.text for span in spans]
     lexicon = Lexicon.of([*cards, *known])
-    rivals = _rivals(said, known, index, lexicon, scoring)
+    rivals = _rivals(spans, known, index, lexicon, scoring)
     shared = shares(cards)
     found: dict[tuple[str, Span], Evidence] = {}
     for span, rival, hits in zip(spans, rivals, index.by_words(said, cards, _NEAR), strict=True):
@@ -269,24 +270,26 @@ def _named(said: Sequence[str], cards: Sequence[Card], index: Index) -> list[flo
 
 
 def _rivals(
-    said: Sequence[str], known: Sequence[Card], index: Index, lexicon: Lexicon, scoring: Scoring
+    spans: Sequence[Span], known: Sequence[Card], index: Index, lexicon: Lexicon, scoring: Scoring
 ) -> list[float]:
     """How near each span is to what the base draws by itself; -1 where nothing tells what that is."""
+    near = index.by_words([span.text for span in spans], known, _NEAR)
     return [
-        max((_nearness(text, hit, lexicon, scoring) for hit in hits), default=-1.0)
-        for text, hits in zip(said, index.by_words(said, known, _NEAR), strict=True)
+        max((_nearness(span, hit, lexicon, scoring) for hit in hits), default=-1.0)
+        for span, hits in zip(spans, near, strict=True)
     ]
 
 
-def _nearness(text: str, hit: Hit, lexicon: Lexicon, scoring: Scoring) -> float:
+def _nearness(span: Span, hit: Hit, lexicon: Lexicon, scoring: Scoring) -> float:
     """Cosine of meanings; the share of words that the card has closes a part of the gap to 1."""
-    return hit.cosine + scoring.lexical * lexicon.overlap(text, hit.card) * (1 - hit.cosine)
+    words = span.text if span.words is None else span.words
+    return hit.cosine + scoring.lexical * lexicon.overlap(words, hit.card) * (1 - hit.cosine)
 
 
 def _score(
     span: Span, hit: Hit, rival: float, lexicon: Lexicon, shared: Counter[str], scoring: Scoring
 ) -> float:
-    near = _nearness(span.text, hit, lexicon, scoring)
+    near = _nearness(span, hit, lexicon, scoring)
     nearer = max(0.0, rival - near + scoring.margin) if rival > -1.0 else 0.0
     kind = scoring.tag if hit.evidence.kind == "tag" else 1.0
     common = math.log(max(1, shared[hit.evidence.text]))

@@ -178,7 +178,8 @@ _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[,.;:!?()\n|]")
 class Span:
     """A piece of the prompt, where its words stand (`begin` to `end`), and how much its evidence counts; `alone` as
     much as if its clause had no other words (styles and backgrounds are named in passing). `manner`: its clause is
-    about another thing, so that it says how or where."""
+    about another thing, so that it says how or where. `words`: those that a card should share (None: all).
+    """
 
     text: str
     begin: int
@@ -186,6 +187,7 @@ class Span:
     factor: float = 1.0
     alone: float = 0.0
     manner: bool = False
+    words: str | None = None
 
     def overlaps(self, other: Span) -> bool:
         """Whether two spans share a word: one word of the prompt calls for one adapter."""
