@@ -199,7 +199,7 @@ function where() {
   return make('section', {class: 'region'},
     make('h4', {}, 'Where'),
     make('div', {class: 'bar'}, state.picks.map(tab)), make('div', {class: 'bar'}, tools, clear),
-    canvas(), make('div', {class: 'edges'}, edges(pick)),
+    canvas(), pick.region?.startsWith('data:') ? null : make('div', {class: 'edges'}, edges(pick)),
     make('p', {class: 'hint'}, pick.region ? `${pick.name} acts in its region only.` : `${pick.name} acts everywhere; drag a box to bind it.`));
 }
 
@@ -207,9 +207,11 @@ function where() {
 
 function plan() {
   if (!state.plan || !state.plan.length) return null;
-  const names = state.picks.map(pick => pick.name);
+  const acting = new Set(state.plan.flat().flatMap(branch => Object.keys(branch.weights)));
+  const names = state.picks.map(pick => pick.name).filter(name => acting.has(name));
   const strength = (branches, name) => branches.reduce((sum, branch) => sum + Math.abs(branch.weights[name] || 0) * (typeof branch.share === 'number' ? branch.share : 1), 0);
-  const rows = names.map((name, index) => {
+  const rows = names.map(name => {
+    const index = state.picks.findIndex(pick => pick.name === name);
     const cells = state.plan.map((branches, step) => {
       const here = strength(branches, name);
       const leads = here > 0 && names.every(other => other === name || strength(branches, other) < here);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import AsyncIterator, Mapping
 from html import escape
@@ -12,6 +13,7 @@ import gradio as gr
 import PIL.Image
 from starlette.concurrency import run_in_threadpool
 
+from compose.app.server.api import thumbnail
 from compose.app.server.workshop import Workshop
 from compose.app.ui import create
 from compose.app.ui import stage as stages
@@ -20,6 +22,7 @@ from compose.errors import ComposeError, RequestError
 from compose.pictures import read_picture
 from compose.record import CHUNK, Record, read_png
 from compose.request import Request
+from compose.retrieval.card import Card
 
 _TAG = re.compile(r"<lora:[^<>]*>")
 _PAIR = re.compile(r'\s*([\w][\w /-]*?):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
@@ -92,7 +95,14 @@ def shown(shop: Workshop, path: str | None) -> tuple[str, str]:
     except ComposeError as error:
         return stages.fault(str(error)), ""
     cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f'<div class="facts"><table>{cells}</table></div>', ""
+    return f'<div class="facts"><table>{cells}</table></div>', _thumbnail(path)
+
+
+def _thumbnail(path: str) -> str:
+    """The picture, small."""
+    data = thumbnail(Card(name="picture", previews=(path,)))
+    uri = base64.b64encode(data or b"").decode()
+    return f'<img class="dropped" alt="the picture" src="data:image/webp;base64,{uri}">' if data else ""
 
 
 def texts(path: str) -> dict[str, str]:

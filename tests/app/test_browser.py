@@ -6,6 +6,7 @@ import time
 
 import PIL.Image
 import pytest
+import restoring
 import small_server
 import tiny
 from small_studio import TEXT, browsing, opened, settle, studio, tab
@@ -235,6 +236,29 @@ def test_two_adapters_are_merged_into_a_third(page, workshop):
     page.wait_for_selector('#report:has-text("against the exact sum")')
     assert workshop.find("both-of-them").path
     workshop.library.remove("both-of-them")
+
+
+def test_a_picture_is_restored_and_compared(page, workshop, tmp_path):
+    path = restoring.adapter(tmp_path, tiny.flux(0))
+    restoring.teller(path, "haze")
+    workshop.library.add(path)
+    tiny.picture(0, 8).resize((40, 36)).save(tmp_path / "spoilt.png")
+    tab(page, "Restore")
+    page.wait_for_function("document.querySelector('#mend-adapter input').value == 'mend'")
+    page.set_input_files("#mend-picture input[type=file]", str(tmp_path / "spoilt.png"))
+    page.wait_for_selector("#mend-picture img")
+    page.click("#mend >> nth=-1")
+    page.wait_for_selector('#mend-stage:has-text("looks like haze (100% sure)")')
+    assert page.locator("#mend-both img").count() == 2 and page.locator("#mend-change img").count() == 1
+    page.click("#mend-many > button")
+    page.set_input_files("#mend-files input", [str(tmp_path / "spoilt.png")] * 2)
+    page.click("#mend-all >> nth=-1")
+    page.wait_for_selector('#mend-stage:has-text("2 of 2 restored")')
+    assert page.locator("#mend-gallery img").count() == 2
+    with page.expect_download() as loaded:
+        page.click("#mend-zip a")
+    assert loaded.value.suggested_filename == "restored.zip"
+    workshop.library.remove("mend")
 
 
 def test_the_train_form_refuses_what_the_command_would(page):

@@ -107,3 +107,20 @@ def test_without_an_adapter_the_way_to_one_is_told(workshop):
     workshop.library.remove("mend")
     with pytest.raises(RequestError, match="no restoration adapter is here; train one"):
         orders.restoration(workshop, "mend")
+
+
+def test_many_pictures_are_restored_and_one_that_fails_is_told(workshop, tmp_path):
+    import zipfile
+
+    good, bad = spoilt(tmp_path), tmp_path / "bad.png"
+    bad.write_bytes(b"nonsense")
+
+    async def gather():
+        wanted = [str(good), str(bad), str(good)]
+        return [update async for update in mender.mended_all(workshop, "me", "/", wanted, values(tmp_path))]
+
+    last = asyncio.run(gather())[-1]
+    assert "2 of 3 restored; bad.png: " in last[0] and last[3] is None
+    assert [image.size for image, _ in last[1]["value"]] == [(40, 36)] * 2
+    names = zipfile.ZipFile(last[2]["value"]).namelist()
+    assert names == ["001-spoilt.png", "002-spoilt.png"]
