@@ -60,8 +60,8 @@ def page(workshop: Workshop) -> gr.Blocks:
                 mending.select(lambda: mender.listed(workshop), None, adapters, **shelf.QUIET)
             with gr.Tab("Library", id="library"):
                 listing = shelf.build(workshop, made)
-            with gr.Tab("Train", id="train"):
-                trained = trainer.build(workshop, made)
+            with gr.Tab("Train", id="train") as training:
+                trained = trainer.build(workshop, training)
             with gr.Tab("Picture info", id="info"):
                 info.build(workshop, made, tabs)
         _greet(blocks, workshop, made)

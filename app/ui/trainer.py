@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import re
 import secrets
 import shutil
@@ -9,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -22,7 +24,6 @@ from starlette.concurrency import run_in_threadpool
 from compose.app.server import uploads
 from compose.app.server.orders import FORMATS, check_picture
 from compose.app.server.workshop import Workshop
-from compose.app.ui import create
 from compose.app.ui import stage as stages
 from compose.app.ui.shelf import told
 from compose.errors import ComposeError, TrainingError
@@ -43,6 +44,8 @@ class Run:
     total: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    told: str = ""  # how it ended, as HTML
+    reader: threading.Thread | None = None
 
     @property
     def out(self) -> Path:
@@ -50,18 +53,21 @@ class Run:
 
     @property
     def going(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        """Whether the process runs, or what it made is being taken in."""
+        return self.reader is not None and self.reader.is_alive()
 
-    def start(self, resume: bool) -> None:
-        """Begin, or go on from the checkpoint."""
+    def start(self, resume: bool, end: Callable[[Run], str]) -> None:
+        """Begin, or go on from the checkpoint; `end` is called once it is over, whether or not anybody looks on."""
         command = [*self.command, *(["--resume"] if resume else [])]
         self.said.clear()
+        self.told = ""
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
         )  # fmt: skip
-        threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
+        self.reader = threading.Thread(target=self._read, args=(self.process, end), daemon=True)
+        self.reader.start()
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
+    def _read(self, process: subprocess.Popen[str], end: Callable[[Run], str]) -> None:
         assert process.stdout is not None
         text = ""
         while part := process.stdout.read(1):  # the bar rewrites its line with \r
@@ -70,6 +76,8 @@ class Run:
                 continue
             self.hear(text)
             text = ""
+        process.wait()
+        self.told = end(self)
 
     def hear(self, line: str) -> None:
         """Take in one line of the process."""
@@ -83,7 +91,7 @@ class Run:
 
     def stop(self) -> None:
         """Ask it to save and end."""
-        if self.going and self.process is not None:
+        if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
 
 
@@ -91,8 +99,15 @@ class Runs:
     """The one training run of this server; a second is refused while it goes on."""
 
     def __init__(self, workshop: Workshop) -> None:
-        self.workshop, self.run = workshop, None
+        self.workshop = workshop
+        self.run: Run | None = None
         self._guard = threading.Lock()
+        atexit.register(self.stop)  # a server that ends leaves no trainer behind; its checkpoint stays
+
+    def stop(self) -> None:
+        """Ask the run, if there is one, to save and end."""
+        if self.run is not None:
+            self.run.stop()
 
     def begin(self, values: dict[str, Any]) -> Run:
         """Check the form, copy the pictures, and start. Raises ComposeError."""
@@ -107,7 +122,7 @@ class Runs:
             for path, name in pictures:
                 shutil.copyfile(path, folder / "pictures" / name)
             self.run = Run(values["trigger"].strip(), folder, command(values, folder))
-            self.run.start(resume=False)
+            self.run.start(resume=False, end=functools.partial(_ended, self.workshop))
             return self.run
 
     def resume(self) -> Run:
@@ -115,7 +130,7 @@ class Runs:
         with self._guard:
             if self.run is None or self.run.going:
                 raise TrainingError("there is no stopped run to resume")
-            self.run.start(resume=True)
+            self.run.start(resume=True, end=functools.partial(_ended, self.workshop))
             return self.run
 
 
@@ -152,7 +167,7 @@ def command(values: dict[str, Any], folder: Path) -> list[str]:
     return line
 
 
-def build(workshop: Workshop, made: create.Create) -> gr.State:
+def build(workshop: Workshop, tab: gr.Tab) -> gr.State:
     """Lay the tab out and wire it -> changes when an adapter has been trained."""
     runs, trained = Runs(workshop), gr.State(None)
     with gr.Row():
@@ -179,7 +194,12 @@ def build(workshop: Workshop, made: create.Create) -> gr.State:
                 '<div class="stage"><p>Loss and samples appear here.</p></div>', elem_id="train-watch"
             )
             samples = gr.Gallery(
-                label="Samples", columns=3, height="auto", interactive=False, elem_id="samples"
+                label="Samples",
+                columns=4,
+                height="auto",
+                interactive=False,
+                show_label=False,
+                elem_id="samples",
             )
     names = ("pictures", "trigger", "steps", "rank", "base", "role", "description", "licence", "validate")
     inputs = [pictures, trigger, steps, rank, base, role, description, licence, validate]
@@ -196,7 +216,16 @@ def build(workshop: Workshop, made: create.Create) -> gr.State:
     seen = [watch, samples, trained]
     go.click(train, inputs, seen, concurrency_limit=8, **quiet)
     resume.click(go_on, None, seen, concurrency_limit=8, **quiet)
-    stop.click(lambda: runs.run and runs.run.stop(), None, None, queue=False, **quiet)
+    stop.click(runs.stop, None, None, queue=False, **quiet)
+
+    async def look_on() -> AsyncIterator[list[Any]]:
+        if runs.run is None:
+            yield [gr.skip()] * 3
+        else:
+            async for update in _seen(runs.run):
+                yield update
+
+    tab.select(look_on, None, seen, concurrency_limit=8, **quiet)
     return trained
 
 
@@ -211,28 +240,34 @@ async def _watched(runs: Runs, values: dict[str, Any] | None) -> AsyncIterator[l
     except ComposeError as error:
         yield [stages.fault(str(error)), gr.skip(), gr.skip()]
         return
+    async for update in _seen(run):
+        yield update
+
+
+async def _seen(run: Run) -> AsyncIterator[list[Any]]:
+    """How a run goes until it is over: loss curve, samples, and what tells the library of its end."""
     while run.going:
         yield [curve(run), _samples(run), gr.skip()]
         await anyio.sleep(0.5)
-    yield [await run_in_threadpool(_ended, runs.workshop, run), _samples(run), str(run.out)]
+    yield [curve(run, run.told), _samples(run), f"{run.out} {run.step}"]
 
 
 def _ended(shop: Workshop, run: Run) -> str:
-    """The last word: the adapter is in the library, or why not."""
+    """The last word, as HTML: the adapter is in the library, or why not."""
     code = run.process.returncode if run.process else 1
     if code == 0 and run.out.exists():
         try:
             with run.out.open("rb") as file:
                 name, shown = f"{run.name}.safetensors", run.out.with_suffix(".png")
-                return curve(run, told(uploads.take(shop.library, file, name, preview=shown)))
+                return told(uploads.take(shop.library, file, name, preview=shown))
         except ComposeError as error:
-            return curve(run, f'<p class="fault" role="alert">{escape(str(error))}</p>')
+            return f'<p class="fault" role="alert">{escape(str(error))}</p>'
     said = (
         "Stopped and saved; Resume goes on."
         if code == 130
         else next(iter(run.said[-1:]), f"ended with {code}")
     )
-    return curve(run, f'<p class="{"" if code == 130 else "fault"}" role="alert">{escape(said)}</p>')
+    return f'<p class="{"" if code == 130 else "fault"}" role="alert">{escape(said)}</p>'
 
 
 def _samples(run: Run) -> list[str]:

@@ -14,6 +14,7 @@ import tiny
 
 import compose.digest as digest
 from compose.app import cli, serve, ui
+from compose.app.server import uploads
 from compose.app.ui import board, compare, create, info, shelf, trainer
 from compose.errors import ComposeError, RequestError, TrainingError
 from compose.request import Request
@@ -223,10 +224,17 @@ def test_a_training_run_is_watched_and_lands_in_the_library(workshop, tmp_path, 
     deadline = time.monotonic() + 120
     while run.going and time.monotonic() < deadline:
         time.sleep(0.1)
-    said = trainer._ended(workshop, run)
-    assert "modules matched" in said, (said, run.said)
+    assert "modules matched" in run.told, (
+        run.told,
+        run.said,
+    )  # nobody looked on, and yet it is in the library
     assert (run.step, run.total) == (12, 12) and run.losses
-    assert workshop.find("sks-thing").triggers == ("sks thing",)
+    card = workshop.find("sks-thing")
+    assert card.triggers == ("sks thing",) and len(card.previews) == 1
+    undone = uploads.forget(workshop.library, card)
+    assert not list((workshop.library.folder / "uploads").iterdir())
+    uploads.restore(workshop.library, undone)
+    assert len(workshop.find("sks-thing").previews) == 1
 
 
 @pytest.mark.parametrize(
