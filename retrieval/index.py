@@ -115,7 +115,9 @@ class Index:
     @classmethod
     def open(cls, folder: Path | None = None, clip: Encoder | None = None) -> Index:
         """The index kept in `folder` (a library's), for `clip` (default: the bundled one and its weight encoder)."""
-        return cls(folder, bundled() if clip is None else clip, bundled_encoder())
+        clip, encoder = bundled() if clip is None else clip, bundled_encoder()
+        fits = encoder is not None and encoder.width == clip.width  # another CLIP has another space
+        return cls(folder, clip, encoder if fits else None)
 
     def sync(self, cards: Iterable[Card], progress: bool = False) -> None:
         """Embed what `cards` lack, drop what none of them needs. Unreadable previews and weights are near to nothing."""

@@ -8,12 +8,13 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from small_library import KEY, WordEncoder, ours, picture, write_adapter
+from small_library import KEY, NameEncoder, WordEncoder, ours, picture, write_adapter
 
 import compose.app.library as command
 import compose.assets
 from compose.app.cli import main
 from compose.retrieval import index
+from compose.retrieval.scoring import Scoring, save_scoring
 from compose.sites import sites_of
 
 
@@ -32,6 +33,7 @@ def run(tmp_path, capsys, monkeypatch):
     """Run one verb on an own library without starter adapters: (exit code, output, errors)."""
     (tmp_path / "clip").mkdir()
     monkeypatch.setattr(index, "bundled", lambda: WordEncoder(tmp_path / "clip"))
+    monkeypatch.setattr(index, "bundled_encoder", lambda: None)
     monkeypatch.setattr("compose.retrieval.library.Library.starter", ())
 
     def run(*words: object):
@@ -229,3 +231,38 @@ def test_listing_needs_no_torch(folder, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_search_by_one_witness(run, folder):
+    run("add", folder)
+    for by in ("text", "image", "all"):
+        assert run("search", "blue", "--by", by, "--json")[0] == 0
+    assert json.loads(run("search", "blue", "--by", "image", "--json")[1])[0]["name"] == "ink"
+    code, _, errors = run("search", "blue", "--by", "weights")
+    assert (code, "no weight encoder is installed" in errors) == (2, True)
+
+
+def test_show_doubts_a_card_that_its_weights_contradict(run, tmp_path, monkeypatch):
+    clip = WordEncoder(tmp_path / "clip")
+    things = (
+        "rocket",
+        "teapot",
+        "violin",
+        "anchor",
+        "candle",
+        "hammer",
+        "ladder",
+        "basket",
+        "pillow",
+        "bucket",
+    )
+    for seed, thing in enumerate(things):
+        write_adapter(tmp_path / "loras" / f"{thing}.safetensors", ours(thing), seed=seed)
+    brings = {thing: thing for thing in things} | {"rocket": "teapot", "teapot": "rocket"}
+    monkeypatch.setattr(index, "bundled_encoder", lambda: NameEncoder(clip, brings))
+    save_scoring(Scoring(weights_gain=5, few=2), clip.folder)
+    assert run("add", tmp_path / "loras")[0] == 0
+    assert "! doubt     its weights do not fit what it says ('rocket')" in run("show", "rocket")[1]
+    assert json.loads(run("show", "rocket", "--json")[1])["doubt"].startswith("its weights")
+    assert json.loads(run("show", "violin", "--json")[1])["doubt"] is None
+    assert json.loads(run("search", "rocket", "--by", "weights", "--json")[1])[0]["name"] == "teapot"

@@ -7,6 +7,7 @@ from PIL import Image
 from small_library import COLOURS, NameEncoder, WordEncoder, ours, picture, write_adapter
 
 from compose.errors import RequestError
+from compose.retrieval import index as module
 from compose.retrieval.index import Index
 from compose.retrieval.library import Library
 from compose.retrieval.scoring import Scoring, save_scoring
@@ -156,3 +157,11 @@ def test_search_by_each_witness(shelf, clip, tmp_path):
         assert "the picture" in found.reason
     with pytest.raises(RequestError, match="witness 'smell' is unknown"):
         search("red", library, index=index, by=("smell",))
+
+
+def test_the_encoder_of_another_clip_is_left_out(clip, monkeypatch):
+    encoder = NameEncoder(clip, {})
+    monkeypatch.setattr(module, "bundled_encoder", lambda: encoder)
+    assert Index.open(None, clip).encoder is encoder
+    encoder.width = 32
+    assert Index.open(None, clip).encoder is None
