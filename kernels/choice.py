@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from triton.runtime.errors import OutOfResources
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from compose.kernels.support import capturing
 
 Key = tuple[str | int, ...]
-CALLS, ROUNDS = 10, 3  # back to back, as a model launches them: the median round counts
+CALLS, ROUNDS = 8, 3  # back to back, as a model launches them: the median round counts
 
 
 class Tile(NamedTuple):
@@ -90,11 +91,12 @@ CHOICES = Choices()
 
 
 def _seconds(tile: Tile, run: Callable[[Tile], object], device: torch.device) -> float | None:
-    """Median seconds of one call among CALLS in a row, host work included; None where the tile does not fit."""
+    """Median seconds of one call among CALLS in a row, host work included; None where the tile does not fit
+    this card."""
     try:
         for _ in range(2):
             run(tile)
-    except OutOfResources:
+    except (OutOfResources, CompilationError, PTXASError):
         return None
     torch.cuda.synchronize(device)
     times = []

@@ -22,7 +22,7 @@ import triton
 from torch import Tensor, nn
 
 from compose.adapter import Adapter
-from compose.backends.base import Gate, Job, Spread, compute_dtype, quantised
+from compose.backends.base import Job, Spread, compute_dtype, quantised
 from compose.backends.torch import SLOT, Slot, TorchBackend, add_delta, biased
 from compose.errors import BackendError
 from compose.kernels.choice import CHOICES
@@ -76,13 +76,15 @@ class Shared:
 class FusedSlot(Slot):
     """A slot that kernels may serve. `first`: the weights of a call whose rows are all alike; `shared` and `columns`:
     the common shrink and this site's part of it; `seat` and `both`: its part of a packed row, and what multiplies it,
-    (seat.width, out), of which the layer's weight and `up` are views; `reason`: why it runs in plain torch."""
+    (seat.width, out), of which the layer's weight and `up` are views; `formed`: the gate that acts, as its kernel takes
+    it (no names: compiled blocks share their code); `reason`: why it runs in plain torch."""
 
     first: Tensor
     shared: Shared | None = None
     columns: slice | None = None
     seat: Seat | None = None
     both: Tensor | None = None
+    formed: tuple[Form, Tensor] | None = None
     reason: str | None = None
 
 
@@ -108,6 +110,10 @@ def _added(slot: FusedSlot, x: Tensor, output: Tensor) -> Tensor:
     if rows > 1 and slot.down.shape[0] > DENSE and slot.gate is None and slot.tokens is None:
         return _added_by_row(slot, x, output, rows)
     hidden = weighted(slot, x)
+    if slot.formed is not None:
+        output = output.contiguous()
+        lora_gate(output, hidden, slot.up, *slot.formed)
+        return output
     if slot.gate is not None:
         return slot.gate(x, output, hidden)
     output = _ready(slot, output)
@@ -313,6 +319,9 @@ class FusedBackend(TorchBackend):
         if isinstance(gate, FusedGate) and gate is not self._gate:
             self._gate, self._forms = gate, dict(self._formed(gate))
         super()._parts(mix, spread)
+        acting = self._forms if gate is not None and gate is self._gate else {}
+        for name, slot in self._slots.items():
+            slot.formed = acting.get(name)
 
     def _formed(self, gate: FusedGate) -> Iterator[tuple[str, tuple[Form, Tensor]]]:
         for name, slot in self._slots.items():
@@ -320,14 +329,6 @@ class FusedBackend(TorchBackend):
             edges = [0, *(stop for _, _, stop in self._segments[name])]
             if vectors is not None and max(b - a for _, a, b in self._segments[name]) <= MOST:
                 yield name, (form_of(slot.up, edges), vectors.to(slot.up.device, torch.float32).contiguous())
-
-    def _gated(self, site: str, gate: Gate, x: Tensor, output: Tensor, hidden: Tensor) -> Tensor:
-        if gate is not self._gate or site not in self._forms:
-            return super()._gated(site, gate, x, output, hidden)
-        form, vectors = self._forms[site]
-        output = output.contiguous()
-        lora_gate(output, hidden, self._slots[site].up, form, vectors)
-        return output
 
     def _refuse_capture(self) -> None:
         if capturing(self.job.device):

@@ -119,7 +119,7 @@ def launch_stats(
 ) -> None:
     """y (T, N), hidden (T, R) -> stats (1 + adapters, T, 2): mean and reciprocal deviation of y and of each delta."""
     tokens, columns = y.shape
-    block_n = 64 if small else min(1024, triton.next_power_of_2(columns))
+    block_n = 64 if small else min(512, triton.next_power_of_2(columns))  # 123 registers: four blocks at once
     stats_kernel[(triton.cdiv(tokens, 16),)](
         y, hidden, mean_up, gram, edges, stats, tokens, columns, hidden.stride(0), gram.stride(0), eps,
         COUNT=edges.numel() - 1, STEPS_N=triton.cdiv(columns, block_n), BLOCK_T=16, BLOCK_N=block_n,
@@ -132,9 +132,9 @@ def launch_gate(
 ) -> None:
     """y (T, N) += the gated sum of deltas, in place; `rank` is the largest of the adapters'."""
     tokens, columns = y.shape
-    block_t, block_n = (32, 32) if small else (64, 64)
+    block_t, block_n = (32, 32) if small else (32, 64)  # 167 registers: three blocks at once
     gate_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(columns, block_n))](
         y, hidden, up, edges, gate, stats, tokens, columns, hidden.stride(0), up.stride(0),
         COUNT=edges.numel() - 1, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=power(rank), **arithmetic(hidden),
-        num_warps=8, num_stages=2,
+        num_warps=4, num_stages=2,
     )  # fmt: skip

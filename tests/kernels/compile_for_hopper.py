@@ -100,10 +100,10 @@ def every() -> dict[str, dict]:
     found["sum"] = compiled(mix.sum_splits_kernel, {"SPLITS": 4, "BLOCK_T": 32, "BLOCK_R": 128}, 4, 3)
     constants = {"STEPS_R": 8, "BLOCK_T": 64, "BLOCK_N": 128, "BLOCK_R": 32, **ARITHMETIC}
     found["rows"] = compiled(rows.expand_rows_kernel, constants, 4, 2)
-    constants = {"COUNT": 3, "STEPS_N": 3, "BLOCK_T": 16, "BLOCK_N": 1024, "BLOCK_R": 16}
+    constants = {"COUNT": 3, "STEPS_N": 6, "BLOCK_T": 16, "BLOCK_N": 512, "BLOCK_R": 16}
     found["stats"] = compiled(gate.stats_kernel, constants, 4, 3)
-    constants = {"COUNT": 3, "BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_R": 16, **ARITHMETIC}
-    found["gate"] = compiled(gate.gate_kernel, constants, 8, 2)
+    constants = {"COUNT": 3, "BLOCK_T": 32, "BLOCK_N": 64, "BLOCK_R": 16, **ARITHMETIC}
+    found["gate"] = compiled(gate.gate_kernel, constants, 4, 2)
     found["sparse add"] = compiled(sparse.add_kernel, {"BLOCK": 1024}, 8, 3)
     constants = {"ADD": True, "FIELDS": switch.FIELDS, "BLOCK": switch.BLOCK}
     found["sparse switch"] = compiled(switch.scatter_kernel, constants, 8, 3)
@@ -111,8 +111,8 @@ def every() -> dict[str, dict]:
     constants = {
         "BLOCK_N": fold.BLOCK_N,
         "BLOCK_K": fold.BLOCK_K,
-        "BLOCK_R": 32,
-        "STEPS_R": 2,
+        "BLOCK_R": 64,
+        "STEPS_R": 1,
         "PRECISION": "tf32",
     }
     found["fold"] = compiled(fold.fold_kernel, {"FIELDS": fold.FIELDS, "ALIGN": 8, **constants}, 8, 2)
