@@ -213,11 +213,12 @@ def fuzzing(base: str, runs: int) -> Iterator[Row]:
 
     counts: dict[str, int] = {"sent": 0, "broken": 0}
     with workshop(Quick, base) as shop:
+        shop.ready()
         headers = {"Host": "127.0.0.1"}
         document = schemathesis.openapi.from_asgi("/openapi.json", make_app(shop), headers=headers)
 
         def send(case: Any) -> None:
-            answer = case.call(headers=dict(case.headers or {}) | headers)
+            answer = case.call(headers=dict(case.headers or {}) | headers, timeout=120)
             counts["sent"] += 1
             counts["broken"] += answer.status_code >= 500
 

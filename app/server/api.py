@@ -160,7 +160,7 @@ def search_words(
     k: Annotated[int, Query(ge=1, le=100)] = 10,
 ) -> FoundList:
     """Adapters nearest to a text."""
-    return found(search(q, _workshop(request).library, family, k, licence=license))
+    return found(_search(_workshop(request), q, family, k, license))
 
 
 @router.post("/v1/adapters/search", tags=["adapters"])
@@ -174,7 +174,14 @@ def search_picture(
     """Adapters whose pictures are nearest to one that is sent."""
     workshop = _workshop(request)
     picture = open_picture(image.file.read(workshop.bounds.picture_bytes + 1), "image", workshop.bounds)
-    return found(search(picture.convert("RGBA"), workshop.library, family, k, licence=license))
+    return found(_search(workshop, picture.convert("RGBA"), family, k, license))
+
+
+def _search(
+    workshop: Workshop, query: str | PIL.Image.Image, family: str | None, k: int, licence: str | None
+) -> list[Choice]:
+    workshop.ready()
+    return search(query, workshop.library, family, k, licence=licence)
 
 
 @router.get("/v1/adapters/{name}", tags=["adapters"])

@@ -47,7 +47,7 @@ class Workshop:
         self._open_base = open_base
         self._pipes: dict[str, ComposePipeline] = {}
         self._warming, self._begun = threading.Lock(), False
-        self._searching = threading.Lock()
+        self._searching, self._indexed = threading.Lock(), frozenset[tuple[str, str | None]]()
         self._locks = {base: threading.Lock() for base in bases}
         lanes: Mapping[str, Work] = {base: functools.partial(self._draw, base) for base in bases}
         self.jobs = Jobs(folder, lanes, limits)
@@ -119,9 +119,12 @@ class Workshop:
         of it. Raises ComposeError."""
         from compose.retrieval.select import select
 
+        cards = self.library.cards()
+        held = frozenset((card.name, card.sha256) for card in cards)
         with self._searching:
-            if cards := self.library.cards():
+            if cards and held != self._indexed:
                 select("picture", self.library, cards[0].family, k=1)
+                self._indexed = held
 
     def find(self, name: str) -> Any:
         """The library's card of this name. Raises LibraryError."""
