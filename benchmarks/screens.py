@@ -17,7 +17,7 @@ def main() -> int:
     """Drive a real studio through a drawing, and keep what it looks like."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default=BUNDLED)
-    parser.add_argument("--prompt", default="a dog face on a beige background, high contrast style")
+    parser.add_argument("--prompt", default="a fox on a night sky background, high contrast style")
     parser.add_argument("--out", type=Path, default=PICTURES)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -26,6 +26,7 @@ def main() -> int:
         page = running.page
         page.set_default_timeout(180_000)
         _create(page, args.prompt, args.out)
+        _compare(page, args.out)
         _library(page, args.out)
         _phone(page, args.out)
     return 0
@@ -41,6 +42,14 @@ def _create(page: Any, prompt: str, out: Path) -> None:
     page.wait_for_selector("#gallery img")
     time.sleep(1)
     page.screenshot(path=out / "studio-create.png")
+
+
+def _compare(page: Any, out: Path) -> None:
+    page.click('button[role=tab]:has-text("Compare")')
+    page.click("#compare >> nth=-1")
+    page.wait_for_selector("#grid img")
+    time.sleep(1)
+    page.screenshot(path=out / "studio-compare.png")
 
 
 def _library(page: Any, out: Path) -> None:

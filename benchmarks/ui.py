@@ -110,6 +110,9 @@ def drawing(base: str, runs: int) -> Iterator[Row]:
     with studio(base) as open_studio:
         page = open_studio.page
         page.set_default_timeout(120_000)
+        page.fill("#prompt textarea", PROMPT)
+        page.click("#find")  # so that the search is warm too, and nothing is left to do beside the drawing
+        page.wait_for_selector("#said :text('Nothing'), #board .card")
         page.uncheck("#auto input")
         for run in range(runs + 1):
             page.fill("#prompt textarea", f"{PROMPT} number {run}")

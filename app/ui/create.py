@@ -88,7 +88,7 @@ def build(workshop: Workshop, memory: gr.BrowserState) -> Create:
                 find = gr.Button("Find adapters", elem_id="find", min_width=130)
                 add = gr.Dropdown(names, value=None, label="Add an adapter", elem_id="add", scale=2, min_width=160)  # fmt: skip
                 policies = [name for name in POLICIES if name != "regions"]
-                form["policy"] = gr.Dropdown(policies, value="merge", label="Policy", elem_id="policy", scale=2, min_width=140)  # fmt: skip
+                form["policy"] = gr.Dropdown(policies, value="auto", label="Policy", elem_id="policy", scale=2, min_width=140)  # fmt: skip
             said = gr.HTML(elem_id="said")
             board = boards.component(elem_id="board")
             form |= _settings(workshop)
