@@ -21,7 +21,7 @@ from compose.retrieval.dictionary import write_descriptions
 from compose.retrieval.index import Index, write_seed
 from compose.retrieval.known import known_cards, save_known
 from compose.retrieval.library import Library
-from compose.retrieval.scoring import calibrate, load_scoring, save_scoring
+from compose.retrieval.scoring import Scoring, calibrate, save_scoring
 from compose.retrieval.select import scores
 
 from .data import captions
@@ -29,6 +29,7 @@ from .data.concepts import BASE_STYLES, COLOR_NAMES, Concept, load_concepts
 from .data.pictures import STYLE
 
 PROMPTS = 300  # of each sort, for the threshold
+NONE = 0.97  # share of needless prompts that get no adapter
 
 
 def known() -> list[Card]:
@@ -42,26 +43,23 @@ def known() -> list[Card]:
     return cards + [Card(name=f"{color} background", tags=(color,)) for color in COLOR_NAMES]
 
 
-def prompts(concepts: Sequence[Concept], count: int, seed: int) -> list[tuple[str, Concept]]:
-    """Scene captions of one concept each, under any of its names."""
+def prompts(concepts: Sequence[Concept], count: int, seed: int, described: bool) -> list[tuple[str, Concept]]:
+    """Plain requests for one concept each, by its label or (`described`) in other words, mostly with style and ground."""
     rng = random.Random(seed)
     found = []
     for _ in range(count):
         concept = rng.choice(concepts)
-        ground = captions.Ground(top=(color := rng.choice(COLOR_NAMES)), bottom=color)
-        thing = captions.with_article(captions.name_of(concept, rng, plain=0.3), rng)
-        found.append(
-            (
-                captions.assemble(
-                    thing, rng.choice(BASE_STYLES), ground if rng.random() < 0.7 else None, rng
-                ),
-                concept,
-            )
-        )
+        told = concept.described if described and concept.described else (concept.label,)
+        said = [captions.with_article(rng.choice(told), rng)]
+        if rng.random() < 0.6:
+            said.append(f"{STYLE[rng.choice(BASE_STYLES)].phrases[0]} style")
+        if rng.random() < 0.6:
+            said.append(f"on a {rng.choice(COLOR_NAMES)} background")
+        found.append((", ".join(said), concept))
     return found
 
 
-def threshold(clip: Clip, seed: int = 5) -> float:
+def threshold(clip: Clip, scoring: Scoring, seed: int = 5) -> float:
     """The score that parts prompts that need a zoo adapter from prompts that need none."""
     concepts = load_concepts().values()
     zoo, base = ([c for c in concepts if c.part == part] for part in ("zoo", "base"))
@@ -73,16 +71,17 @@ def threshold(clip: Clip, seed: int = 5) -> float:
                 for c in zoo
             ]
         )
-        index, scoring = Index(None, clip), load_scoring(clip.folder)
-        asked = prompts(zoo, PROMPTS, seed)
+        index = Index(None, clip)
+        asked = prompts(zoo, PROMPTS, seed, described=True)
         wanted = [
             next((score for card, score in ranked if card.name == concept.label), 0.0)
             for ranked, (_, concept) in zip(
                 scores([p for p, _ in asked], library, BUNDLED, index, scoring), asked, strict=True
             )
         ]
-        plain = scores([p for p, _ in prompts(base, PROMPTS, seed + 1)], library, BUNDLED, index, scoring)
-    return calibrate(wanted, [ranked[0][1] if ranked else 0.0 for ranked in plain], none_share=0.96)
+        needless = [prompt for prompt, _ in prompts(base, PROMPTS, seed + 1, described=False)]
+        plain = scores(needless, library, BUNDLED, index, scoring)
+    return calibrate(wanted, [ranked[0][1] if ranked else 0.0 for ranked in plain], none_share=NONE)
 
 
 def main() -> None:
@@ -93,10 +92,14 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--adapters", type=Path, default=ADAPTERS)
     args = parser.parse_args()
-    print(write_descriptions({readable(c.label): [d.lower() for d in c.described] for c in load_concepts().values()}))
+    print(
+        write_descriptions(
+            {readable(c.label): [d.lower() for d in c.described] for c in load_concepts().values()}
+        )
+    )
     print(save_known(known(), BUNDLED, args.clip))
     clip = Clip.load(args.clip, args.base)
-    scoring = replace(load_scoring(args.clip), threshold=threshold(clip))
+    scoring = replace(Scoring(), threshold=threshold(clip, Scoring()))
     print(save_scoring(scoring, args.clip), f"threshold {scoring.threshold:.3f}")
     print(write_seed([*Library.open(starter=args.adapters).starter, *known_cards(args.clip)], clip))
 
