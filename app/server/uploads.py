@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 import unicodedata
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -14,12 +15,14 @@ from typing import IO, TYPE_CHECKING, Any
 from compose.app.library import add_checked
 from compose.errors import AdapterError, LibraryError
 from compose.header import refuse_pickle
+from compose.restoration import TELLER
 
 if TYPE_CHECKING:
     from compose.retrieval.card import Card
     from compose.retrieval.library import Library
 
 SUFFIX = ".safetensors"
+BESIDE = (".png", TELLER)  # an adapter's preview, and the net that tells the tasks of one that restores apart
 MOST_BYTES = 2 * 2**30
 MOST_HEADER = 16 * 2**20  # bytes; the largest honest headers (kohya, SDXL) have about 1 MiB
 KEPT = 20  # removed files that can be brought back
@@ -43,10 +46,10 @@ def clean_name(name: str) -> str:
 
 
 def take(
-    library: Library, file: IO[bytes], name: str, most: int = MOST_BYTES, preview: Path | None = None
+    library: Library, file: IO[bytes], name: str, most: int = MOST_BYTES, beside: Sequence[Path] = ()
 ) -> dict[str, Any]:
-    """Store an uploaded file in the library, its `preview` (PNG) beside it, and add it -> what `compose library add
-    --json` prints.
+    """Store an uploaded file in the library, what belongs `beside` it (of `BESIDE`) too, and add it -> what `compose
+    library add --json` prints.
 
     Raises AdapterError (not safetensors, damaged, too large, NaN weights, no adapter in it); nothing is kept then.
     """
@@ -62,16 +65,15 @@ def take(
     finally:
         with suppress(FileNotFoundError):
             os.unlink(part)
-    shown = path.with_suffix(".png")
-    if preview is not None and preview.is_file():
-        shutil.copyfile(preview, shown)
+    for each in beside:
+        shutil.copyfile(each, path.with_suffix(each.suffix))
     try:
         report = add_checked(library, path)
     except (AdapterError, LibraryError) as error:
-        _unlink(path, shown)
+        _unlink(path)
         raise type(error)(str(error).replace(str(path), clean)) from None
     if report["refused"] or not (report["added"] or report["changed"]):
-        _unlink(path, shown)
+        _unlink(path)
         reason = (
             report["refused"][0]["reason"] if report["refused"] else "the library has this adapter already"
         )
@@ -79,9 +81,10 @@ def take(
     return report
 
 
-def _unlink(*paths: Path) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
+def _unlink(path: Path) -> None:
+    """Delete a file, and what lies beside it."""
+    for suffix in (path.suffix, *BESIDE):
+        path.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def _copy(file: IO[bytes], out: IO[bytes], most: int) -> None:
@@ -113,7 +116,7 @@ def forget(library: Library, card: Card) -> Path | None:
     kept = _free(bin, path.name)
     _move(path, kept)
     for old in sorted(bin.glob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
-        _unlink(old, old.with_suffix(".png"))
+        _unlink(old)
     return kept
 
 
@@ -127,10 +130,10 @@ def restore(library: Library, path: Path) -> dict[str, Any]:
 
 
 def _move(path: Path, to: Path) -> Path:
-    """Move a file, and the preview beside it."""
-    shutil.move(path, to)
-    if path.with_suffix(".png").is_file():
-        shutil.move(path.with_suffix(".png"), to.with_suffix(".png"))
+    """Move a file, and what lies beside it."""
+    for suffix in (path.suffix, *BESIDE):
+        if path.with_suffix(suffix).is_file():
+            shutil.move(path.with_suffix(suffix), to.with_suffix(suffix))
     return to
 
 

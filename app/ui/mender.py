@@ -94,11 +94,7 @@ def listed(shop: Workshop) -> list[Any]:
     """The adapters that restore, and those that may act beside them."""
     names = list(restoring.adapters(shop))
     others = [card.name for card in shop.library.cards() if card.path and card.name not in names]
-    hint = (
-        None
-        if names
-        else "None is here yet: train one with 'compose train restore', or import one in Library."
-    )
+    hint = None if names else "None is here yet: train one in Train, or import one in Library."
     return [
         gr.update(choices=names, value=next(iter(names), None), info=hint),
         gr.update(choices=["", *others]),

@@ -1,4 +1,4 @@
-"""The Train tab: a form over `compose train lora`, run as a process of its own, watched, stopped and resumed."""
+"""The Train tab: a form over `compose train lora` and `compose train restore`, run as a process of its own, watched, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ from compose.app.server.workshop import Workshop
 from compose.app.ui import stage as stages
 from compose.app.ui.shelf import told
 from compose.errors import ComposeError, TrainingError
+from compose.restoration import PROMPTS
 
 _BAR = re.compile(r"training:.*?(\d+)/(\d+) \[.*?(?:loss=([0-9.]+))?\]")
 MOST_PICTURES = 200
+LORA, RESTORE = "lora", "restore"  # what `compose train` makes here
 
 
 @dataclass(slots=True)
@@ -116,12 +118,11 @@ class Runs:
                 raise TrainingError("a training run is going on; stop it first")
             folder = self.workshop.library.folder / "training" / secrets.token_hex(6)
             pictures = _pictures(values["pictures"] or (), self.workshop)
-            if not (values["trigger"] or "").strip():
-                raise TrainingError("give a trigger: the word or phrase that will call the adapter")
+            name = _name(values)
             (folder / "pictures").mkdir(parents=True)
-            for path, name in pictures:
-                shutil.copyfile(path, folder / "pictures" / name)
-            self.run = Run(values["trigger"].strip(), folder, command(values, folder))
+            for path, clean in pictures:
+                shutil.copyfile(path, folder / "pictures" / clean)
+            self.run = Run(name, folder, command(values, folder))
             self.run.start(resume=False, end=functools.partial(_ended, self.workshop))
             return self.run
 
@@ -151,18 +152,34 @@ def _pictures(paths: Sequence[str], shop: Workshop) -> list[tuple[str, str]]:
     return found
 
 
+def _name(values: dict[str, Any]) -> str:
+    """What the adapter will be called. Raises TrainingError where the form does not say."""
+    if values["kind"] == RESTORE:
+        if not values["defects"]:
+            raise TrainingError(f"choose what to take out of pictures: {', '.join(PROMPTS)}")
+        return f"restore-{'-'.join(values['defects'])}"
+    if not (values["trigger"] or "").strip():
+        raise TrainingError("give a trigger: the word or phrase that will call the adapter")
+    return values["trigger"].strip()
+
+
 def command(values: dict[str, Any], folder: Path) -> list[str]:
     """The command line that the form spells."""
-    line = [sys.executable, "-m", "compose.app.cli", "train", "lora"]
-    line += ["--images", str(folder / "pictures"), "--out", str(folder / "adapter.safetensors")]
-    line += [f"--trigger={values['trigger'].strip()}", f"--base={values['base']}"]
+    line = [sys.executable, "-m", "compose.app.cli", "train", values["kind"]]
+    line += ["--out", str(folder / "adapter.safetensors"), f"--base={values['base']}"]
     for name in ("rank", "steps"):
         line.append(f"--{name}={int(values[name])}")
-    for name in ("description", "licence", "role"):
+    if (values["licence"] or "").strip():
+        line.append(f"--licence={values['licence'].strip()}")
+    every = max(1, int(values["steps"]) // 5)
+    if values["kind"] == RESTORE:
+        defects = ",".join(values["defects"])
+        return [*line, "--clean", str(folder / "pictures"), f"--degrade={defects}", f"--validate-every={every}"]  # fmt: skip
+    line += ["--images", str(folder / "pictures"), f"--trigger={values['trigger'].strip()}"]
+    for name in ("description", "role"):
         if (values[name] or "").strip():
             line.append(f"--{name}={values[name].strip()}")
     if (values["validate"] or "").strip():
-        every = max(1, int(values["steps"]) // 5)
         line += [f"--validate-prompt={values['validate'].strip()}", f"--validate-every={every}"]
     return line
 
@@ -172,10 +189,12 @@ def build(workshop: Workshop, tab: gr.Tab) -> gr.State:
     runs, trained = Runs(workshop), gr.State(None)
     with gr.Row():
         with gr.Column(min_width=320):
-            pictures = gr.File(label="Pictures (and captions: name.txt)", file_count="multiple", file_types=["image", ".txt"], height=160, elem_id="train-pictures")  # fmt: skip
+            kind = gr.Radio([("A style, thing or place", LORA), ("A restoration", RESTORE)], value=LORA, label="What to learn", elem_id="train-kind")  # fmt: skip
+            pictures = gr.File(label="Pictures", file_count="multiple", file_types=["image", ".txt"], height=160, elem_id="train-pictures")  # fmt: skip
             trigger = gr.Textbox(
                 label="Trigger", placeholder="the word or phrase that will call it", elem_id="trigger"
             )
+            defects = gr.Dropdown(list(PROMPTS), value=["noise"], multiselect=True, visible=False, label="What to take out (the pictures are clean; these defects are made)", elem_id="train-defects")  # fmt: skip
             with gr.Row():
                 steps = gr.Slider(1, 4000, 400, step=1, label="Steps", elem_id="train-steps")
                 rank = gr.Slider(1, 64, 4, step=1, label="Rank")
@@ -199,11 +218,29 @@ def build(workshop: Workshop, tab: gr.Tab) -> gr.State:
                 height="auto",
                 interactive=False,
                 show_label=False,
+                visible=False,
                 elem_id="samples",
             )
-    names = ("pictures", "trigger", "steps", "rank", "base", "role", "description", "licence", "validate")
-    inputs = [pictures, trigger, steps, rank, base, role, description, licence, validate]
+    names = (
+        "kind",
+        "defects",
+        "pictures",
+        "trigger",
+        "steps",
+        "rank",
+        "base",
+        "role",
+        "description",
+        "licence",
+        "validate",
+    )
+    inputs = [kind, defects, pictures, trigger, steps, rank, base, role, description, licence, validate]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def turn(kind: str) -> list[Any]:
+        return [gr.update(visible=kind == RESTORE), *[gr.update(visible=kind == LORA)] * 4]
+
+    kind.change(turn, kind, [defects, trigger, role, description, validate], queue=False, **quiet)
 
     async def train(*values: Any) -> AsyncIterator[list[Any]]:
         async for update in _watched(runs, dict(zip(names, values, strict=True))):
@@ -258,22 +295,23 @@ def _ended(shop: Workshop, run: Run) -> str:
     if code == 0 and run.out.exists():
         try:
             with run.out.open("rb") as file:
-                name, shown = f"{run.name}.safetensors", run.out.with_suffix(".png")
-                return told(uploads.take(shop.library, file, name, preview=shown))
+                made = [run.out.with_suffix(suffix) for suffix in uploads.BESIDE]
+                beside = [path for path in made if path.is_file()]
+                return told(uploads.take(shop.library, file, f"{run.name}.safetensors", beside=beside))
         except ComposeError as error:
             return f'<p class="fault" role="alert">{escape(str(error))}</p>'
     said = (
         "Stopped and saved; Resume goes on."
         if code == 130
-        else next(iter(run.said[-1:]), f"ended with {code}")
+        else next(iter(run.said[-1:]), f"ended with {code}").removeprefix("compose: ")
     )
     return f'<p class="{"" if code == 130 else "fault"}" role="alert">{escape(said)}</p>'
 
 
-def _samples(run: Run) -> list[str]:
-    return [
-        str(path) for path in sorted(run.folder.glob("adapter*.png"), key=lambda path: path.stat().st_mtime)
-    ]
+def _samples(run: Run) -> Any:
+    """The pictures drawn on the way, oldest first."""
+    found = sorted(run.folder.glob("adapter*.png"), key=lambda path: path.stat().st_mtime)
+    return gr.update(value=[str(path) for path in found], visible=bool(found))
 
 
 def curve(run: Run, below: str = "") -> str:

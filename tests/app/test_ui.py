@@ -14,9 +14,8 @@ import tiny
 
 import compose.digest as digest
 from compose.app import cli, serve, ui
-from compose.app.server import uploads
-from compose.app.ui import board, compare, create, info, shelf, trainer
-from compose.errors import ComposeError, RequestError, TrainingError
+from compose.app.ui import board, compare, create, info, shelf
+from compose.errors import ComposeError, RequestError
 from compose.request import Request
 
 FORM = {
@@ -199,73 +198,6 @@ def test_what_is_shown_of_a_card_is_escaped(workshop, tmp_path):
     path = save(tiny.random_adapter(tiny.flux(0), "evil"), tmp_path / "evil.safetensors", metadata=evil)
     workshop.library.add(path)
     assert "<script>" not in shelf.describe(workshop, "evil")
-
-
-# Train
-
-
-def test_a_training_run_is_watched_and_lands_in_the_library(workshop, tmp_path, monkeypatch):
-    base = tiny.save(tiny.flux(0), tmp_path / "base")
-    pictures = []
-    for n in range(2):
-        path = tmp_path / f"p{n}.png"
-        tiny.picture(n).save(path)
-        pictures.append(str(path))
-    form = {
-        "pictures": pictures, "trigger": "sks thing", "steps": 12, "rank": 2, "base": str(base), "role": "concept",
-        "description": "", "licence": "mit", "validate": "",
-    }  # fmt: skip
-    plain = trainer.command
-    monkeypatch.setattr(trainer, "command", lambda *given: [*plain(*given), "--size", "32", "--batch", "1"])
-    runs = trainer.Runs(workshop)
-    run = runs.begin(form)
-    with pytest.raises(TrainingError, match="is going on"):
-        runs.begin(form)
-    deadline = time.monotonic() + 120
-    while run.going and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert "modules matched" in run.told, (
-        run.told,
-        run.said,
-    )  # nobody looked on, and yet it is in the library
-    assert (run.step, run.total) == (12, 12) and run.losses
-    card = workshop.find("sks-thing")
-    assert card.triggers == ("sks thing",) and len(card.previews) == 1
-    undone = uploads.forget(workshop.library, card)
-    assert not list((workshop.library.folder / "uploads").iterdir())
-    uploads.restore(workshop.library, undone)
-    assert len(workshop.find("sks-thing").previews) == 1
-
-
-@pytest.mark.parametrize(
-    ("form", "words"),
-    [
-        ({"pictures": []}, "give 1 to 200 pictures"),
-        ({"pictures": ["a.exe"]}, "is no PNG"),
-        ({"trigger": " "}, "give a trigger"),
-    ],
-)
-def test_a_run_that_cannot_be_is_refused_before_it_starts(workshop, tmp_path, form, words):
-    tiny.picture(0).save(tmp_path / "a.png")
-    whole = {"pictures": [str(tmp_path / "a.png")], "trigger": "x"} | form
-    with pytest.raises(TrainingError, match=words):
-        trainer.Runs(workshop).begin(whole)
-    assert not (workshop.library.folder / "training").exists()
-
-
-def test_an_option_in_a_field_stays_a_value(tmp_path):
-    form = {
-        "trigger": "--force",
-        "base": "b",
-        "rank": 1,
-        "steps": 1,
-        "description": "--x",
-        "licence": "",
-        "role": "",
-        "validate": "",
-    }
-    line = trainer.command(form, tmp_path)
-    assert "--trigger=--force" in line and "--description=--x" in line
 
 
 # Who may come in
