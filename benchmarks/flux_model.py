@@ -62,6 +62,12 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> FluxTransfo
     return model.eval().requires_grad_(False)
 
 
+def tokens(shape: Shape, pixels: int) -> dict[str, int]:
+    """How many tokens a picture's layers see, by what they see."""
+    image = max(1, shape.side * pixels // 1024) ** 2
+    return {"image": image, "text": shape.text, "both": image + shape.text}
+
+
 def inputs(shape: Shape, pixels: int, pictures: int, device: torch.device, dtype: torch.dtype) -> dict:
     """The arguments of one denoiser call."""
     side = max(1, shape.side * pixels // 1024)

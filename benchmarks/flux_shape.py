@@ -1,30 +1,36 @@
-"""What adapters cost on a denoiser of FLUX.1-dev's shape: python -m benchmarks.flux_shape [--rows id,...] [--quick]
-[--seconds N] [--plot].
+"""What adapters cost on a denoiser of FLUX.1-dev's shape: python -m benchmarks.flux_shape [--rows id,...] [--missing]
+[--seconds N] [--smoke] [--quick] [--plot].
 
-Every ratio is to the same model without adapters, timed before and after in the same run; peft is timed beside. Rows
-are written as they come, so that a run that ends early is taken up with --rows or --missing. --quick runs a toy size
-anywhere and writes nothing.
+Every ratio is to the same model without adapters, timed in the same run right after; peft is timed beside. What a row
+times is first held against float32. Rows are written as they come, the most wanted first, and none is begun that the
+seconds left do not cover: the same command with --missing goes on. A row that fails is named and the next one runs.
+--smoke checks and times every kernel, and a model of two blocks, in a minute and a half; --quick does either at a
+toy size anywhere and writes nothing. TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR and XDG_CACHE_HOME say where compiled
+code and chosen ways are kept for the next run.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
+from triton.errors import TritonError
 
-from benchmarks import flux_plot, flux_roof
+from benchmarks import flux_cases, flux_plot, flux_roof
+from benchmarks.flux_asks import ASKS, Ask, Mode, wanted
+from benchmarks.flux_check import check, check_layers, check_weights, some
 from benchmarks.flux_model import (
     FULL,
     TINY,
@@ -36,53 +42,22 @@ from benchmarks.flux_model import (
     build,
     inputs,
     size_of,
+    tokens,
 )
+from benchmarks.flux_train import ratio_of_steps
 from benchmarks.results import RESULTS, Row, merge, read
 from benchmarks.timing import Timing, measure, summary, where
 from compose.backends.fused import FusedBackend
 from compose.backends.fused_fold import FusedFoldBackend
-from compose.kernels.lora_mix import mix_linear
+from compose.errors import ComposeError
 from compose.plan import Mix
+from compose.sites import Sites
 
 NAME = "flux_shape"
 RANK = 16
 MIB = 2**20
-Mode = Literal["eager", "compiled"]
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One row: what is timed, on what, how, and the most that its value may be."""
-
-    id: str
-    kind: str
-    target: float | None = None
-    count: int = 1
-    pixels: int = 1024
-    pictures: int = 1
-    mode: Mode = "eager"
-
-
-def _asks() -> list[Ask]:
-    ratios = {
-        ("mix", 1, 1024): (1.05, 1.04), ("mix", 4, 1024): (1.08, 1.06), ("mix", 8, 1024): (1.12, 1.10),
-        ("mix", 8, 512): (1.30, 1.20), ("rows", 8, 512): (1.12, 1.12), ("gate", 3, 1024): (1.30, 1.30),
-        ("folded", 4, 1024): (1.01, 1.01), ("peft", 1, 1024): (None, None), ("peft", 4, 1024): (None, None),
-        ("peft", 8, 1024): (None, None), ("peft", 8, 512): (None, None),
-    }  # fmt: skip
-    asks = []
-    for mode in ("eager", "compiled"):
-        for (kind, count, pixels), targets in ratios.items():
-            name = "folded" if kind == "folded" else f"{kind}{count}_{pixels}"
-            pictures = 8 if kind == "rows" else 1
-            target = targets[mode == "compiled"]
-            asks.append(Ask(f"{name}_{mode}", kind, target, count, pixels, pictures, mode))
-    asks += [Ask("fold4_ms", "fold", 25.0, 4), Ask("unfold_ms", "fold", 25.0, 4)]
-    asks += [Ask("side_memory_mib", "memory", 200.0, 8), Ask("train_step", "train", 0.80)]
-    return [*asks, Ask("roofline", "roofline")]
-
-
-ASKS = {ask.id: ask for ask in _asks()}
+# What a row can fail with and the next need not: wrong answers, no memory, what a compiler refuses, a kernel that breaks.
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, TritonError, ComposeError)  # fmt: skip
 
 
 class Bench:
@@ -97,13 +72,12 @@ class Bench:
     def model(self) -> FluxTransformer2DModel:
         start = time.perf_counter()
         model = build(self.shape, self.device, self.dtype)
-        print(
-            f"  model of {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B in {time.perf_counter() - start:.1f} s"
-        )
+        size = sum(p.numel() for p in model.parameters()) / 1e9
+        print(f"  model of {size:.2f} B in {time.perf_counter() - start:.1f} s")
         return model
 
     @cached_property
-    def sites(self):
+    def sites(self) -> Sites:
         sites = adaptable(self.model)
         print(f"  {len(sites)} sites")
         return sites
@@ -113,41 +87,53 @@ class Bench:
 
     # ratios of one denoiser call
 
-    def _mix(self, ask: Ask) -> None:
-        mix = Mix(weights={f"adapter{n}": 0.5 + 0.1 * n for n in range(ask.count)})
-        with self._beside(ask):
-            self.backend.apply([mix])
-            timing = self._call(ask)
-        self._ratio(ask, timing)
+    def _mix(self, ask: Ask, packs: bool = True) -> None:
+        weights = {f"adapter{n}": 0.5 + 0.1 * n for n in range(ask.count)}
+        self._beside(ask, [Mix(weights=weights)], FusedBackend(packs))
+
+    def _apart(self, ask: Ask) -> None:
+        """The same with every weight left in place: a shrink and an expand of their own for each layer."""
+        self._mix(ask, packs=False)
 
     def _rows(self, ask: Ask) -> None:
-        with self._beside(ask, rows=ask.pictures):
-            self.backend.apply([Mix(weights={f"adapter{n}": 1.0}) for n in range(ask.pictures)])
-            timing = self._call(ask)
-        self._ratio(ask, timing)
+        self._beside(ask, [Mix(weights={f"adapter{n}": 1.0}) for n in range(ask.pictures)], FusedBackend())
 
     def _gate(self, ask: Ask) -> None:
-        gates = {"auto": RandomGate(self.sites, self.device)}
-        with self._beside(ask, gates=gates):
-            self.backend.apply([Mix(weights={f"adapter{n}": 1.0 for n in range(ask.count)}, gate="auto")])
+        gate = RandomGate(self.sites, self.device)
+        mix = Mix(weights={f"adapter{n}": 1.0 for n in range(ask.count)}, gate="auto")
+        self._beside(ask, [mix], FusedBackend(), gate)
+
+    def _beside(
+        self, ask: Ask, mixes: Sequence[Mix], backend: FusedBackend, gate: RandomGate | None = None
+    ) -> None:
+        given = self._adapters(ask.count)
+        gates = {} if gate is None else {"auto": gate}
+        with attached(backend, self.model, self.sites, given, self.device, len(mixes), gates):
+            backend.apply(mixes)
+            vectors = None if gate is None else gate.vectors
+            seen = tokens(self.shape, ask.pixels)
+            error = check_layers(self.sites, given, [mix.weights for mix in mixes], seen, vectors)
+            print(f"  layers right to {error:.1e} of what the adapters add", flush=True)
             timing = self._call(ask)
         self._ratio(ask, timing)
 
     def _folded(self, ask: Ask) -> None:
-        given = adapters(self.sites, ask.count, RANK, self.device, self.dtype)
+        given = self._adapters(ask.count)
+        weights = {a.name: 0.5 for a in given}
+        kept = {name: self.sites[name].module.weight.clone() for name in some(self.sites)}
         with attached(FusedFoldBackend(), self.model, self.sites, given, self.device) as backend:
-            backend.apply([Mix(weights={a.name: 0.5 for a in given})])
+            backend.apply([Mix(weights=weights)])
+            error = check_weights(self.sites, given, weights, kept)
+            print(f"  weights right to {error:.1e} of what the adapters add", flush=True)
             timing = self._call(ask)
         self._ratio(ask, timing)
 
     def _peft(self, ask: Ask) -> None:
         modules = sorted({name.partition(".")[2] for name in self.sites})
         names = [f"adapter{n}" for n in range(ask.count)]
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=modules, init_lora_weights="gaussian")
         try:
             for name in names:
-                config = LoraConfig(
-                    r=RANK, lora_alpha=RANK, target_modules=modules, init_lora_weights="gaussian"
-                )
                 self.model.add_adapter(config, adapter_name=name)
             self.model.set_adapters(names, [0.5] * ask.count)
             self.model.requires_grad_(False)
@@ -158,18 +144,27 @@ class Bench:
             self.model.__dict__.pop("peft_config", None)
         self._ratio(ask, timing)
 
-    @contextmanager
-    def _beside(self, ask: Ask, **more) -> Iterator[None]:
-        given = adapters(self.sites, ask.count, RANK, self.device, self.dtype)
-        with attached(FusedBackend(), self.model, self.sites, given, self.device, **more) as self.backend:
-            yield
+    def _adapters(self, count: int) -> list:
+        return adapters(self.sites, count, RANK, self.device, self.dtype)
 
     def _call(self, ask: Ask) -> Timing:
+        """Time a call; what compiled blocks give is first held against the same blocks uncompiled."""
         call = inputs(self.shape, ask.pixels, ask.pictures, self.device, self.dtype)
-        with torch.inference_mode(False), torch.no_grad(), self._blocks(ask.mode):
-            return measure(
-                lambda: self.model(**call), device=self.device, runs=self.runs, warmup=min(3, self.runs)
-            )
+        with torch.no_grad():
+            plain = self.model(**call)[0] if ask.mode == "compiled" else None
+            start = time.perf_counter()
+            with self._blocks(ask.mode):
+                drawn = self.model(**call)[0]
+                if plain is not None:
+                    error = check(
+                        "the compiled model", drawn, plain, 0.1 if plain.element_size() < 4 else 1e-3
+                    )
+                    print(
+                        f"  compiled in {time.perf_counter() - start:.0f} s, {error:.1e} from eager",
+                        flush=True,
+                    )
+                run, warmup = (lambda: self.model(**call)), min(3, self.runs)
+                return measure(run, device=self.device, runs=self.runs, warmup=warmup)
 
     @contextmanager
     def _blocks(self, mode: Mode) -> Iterator[None]:
@@ -186,26 +181,23 @@ class Bench:
         base = self._base(ask)
         ratio = timing.median / base.median
         spread = ratio * (timing.spread / timing.median + base.spread / base.median)
-        print(f"  {ask.id}: {timing.median * 1e3:.2f} ms, base {base.median * 1e3:.2f} ms, {ratio:.3f}x")
+        print(
+            f"  {ask.id}: {timing.median * 1e3:.2f} ms, base {base.median * 1e3:.2f} ms, {ratio:.3f}x{_of(ask)}"
+        )
+        plain = replace(ask, target=None, id=f"{ask.id}_ms")
+        self._row(plain, timing.median * 1e3, timing.spread * 1e3, "ms", timing.n)
         self._row(ask, ratio, spread, "x of no adapter", timing.n)
-        plain = replace(ask, target=None)
-        self._row(replace(plain, id=f"{ask.id}_ms"), timing.median * 1e3, timing.spread * 1e3, "ms", timing.n)
 
     def _base(self, ask: Ask) -> Timing:
         """The model as it is, timed anew for every row, right after what is held against it."""
         timing = self._call(ask)
         name = f"base_{ask.pixels}x{ask.pictures}_{ask.mode}_ms"
-        base = Ask(name, "base")
-        self._row(base, timing.median * 1e3, timing.spread * 1e3, "ms", timing.n)
+        self._row(Ask(name, "base"), timing.median * 1e3, timing.spread * 1e3, "ms", timing.n)
         return timing
 
     def _row(self, ask: Ask, value: float, spread: float | None, unit: str, n: int) -> None:
-        self.keep(
-            Row(
-                id=ask.id, value=value, spread=spread, unit=unit, target=ask.target, direction="min", n=n,
-                where=where(self.device),
-            )
-        )  # fmt: skip
+        at = {"target": ask.target, "direction": "min", "n": n, "where": where(self.device)}
+        self.keep(Row(id=ask.id, value=value, spread=spread, unit=unit, **at))
 
     # folding, memory, training
 
@@ -213,21 +205,30 @@ class Bench:
         """Wall time of a fold of another mix, and of putting all weights back; one measurement gives both rows."""
         if self._folds_known:
             return
-        self._folds_known = True
-        given = adapters(self.sites, ask.count, RANK, self.device, self.dtype)
+        given = self._adapters(ask.count)
         times: dict[str, list[float]] = {"fold4_ms": [], "unfold_ms": []}
+        kept = {name: self.sites[name].module.weight.clone() for name in some(self.sites)}
         with attached(FusedFoldBackend(), self.model, self.sites, given, self.device) as backend:
             for turn in range(self.runs + 2):
-                mix = Mix(weights={a.name: 0.5 + 0.01 * turn for a in given})
-                fold = self._wall(lambda mix=mix: backend.apply([mix]))
+                weights = {a.name: 0.5 + 0.01 * turn for a in given}
+                mixes = [Mix(weights=weights)]
+                fold = self._wall(lambda mixes=mixes: backend.apply(mixes))
+                if turn == 0:
+                    print(
+                        f"  weights right to {check_weights(self.sites, given, weights, kept):.1e}",
+                        flush=True,
+                    )
                 unfold = self._wall(backend.unfold)
                 if turn >= 2:
                     times["fold4_ms"].append(fold)
                     times["unfold_ms"].append(unfold)
+            if not all(torch.equal(self.sites[name].module.weight, before) for name, before in kept.items()):
+                raise AssertionError("unfolding did not put every bit back")
+        self._folds_known = True
         for name, taken in times.items():
             timing = summary(taken)
             self._row(ASKS[name], timing.median, timing.spread, "ms", timing.n)
-            print(f"  {name}: {timing.median:.2f} ms")
+            print(f"  {name}: {timing.median:.2f} ms{_of(ASKS[name])}")
 
     def _wall(self, call: Callable[[], object]) -> float:
         _settle(self.device)
@@ -240,7 +241,7 @@ class Bench:
         """Peak of a call under adapters, less the peak without, less the adapters themselves."""
         call = inputs(self.shape, ask.pixels, ask.pictures, self.device, self.dtype)
         base = self._peak(call)
-        given = adapters(self.sites, ask.count, RANK, self.device, self.dtype)
+        given = self._adapters(ask.count)
         size, mix = size_of(given), Mix(weights={a.name: 0.5 for a in given})
         with attached(FusedBackend(), self.model, self.sites, given, self.device) as backend:
             backend.apply([mix])
@@ -249,10 +250,10 @@ class Bench:
             del given
             beside = self._peak(call)
         extra = (beside - base - size) / MIB
-        print(f"  {ask.id}: {extra:.1f} MiB beside {size / MIB:.1f} MiB of adapters")
+        print(f"  {ask.id}: {extra:.1f} MiB beside {size / MIB:.1f} MiB of adapters{_of(ask)}")
         self._row(ask, extra, None, "MiB", 1)
 
-    def _peak(self, call: dict) -> int:
+    def _peak(self, call: Mapping[str, Tensor]) -> int:
         gc.collect()
         if self.device.type != "cuda":
             return 0
@@ -263,20 +264,23 @@ class Bench:
         return torch.cuda.max_memory_allocated(self.device)
 
     def _train(self, ask: Ask) -> None:
-        small = replace(self.shape, double=1, single=2 if self.shape.single > 1 else 1)
-        times = {}
-        for kind in ("peft", "ours"):
-            model = build(small, self.device, self.dtype)
-            parameters = _with_peft(model) if kind == "peft" else _with_kernels(model)
-            step = _step(model, parameters, inputs(small, 1024, 1, self.device, self.dtype))
-            times[kind] = measure(step, device=self.device, runs=self.runs, warmup=min(5, self.runs))
-            print(f"  {kind}: {times[kind].median * 1e3:.2f} ms")
-        ratio = times["ours"].median / times["peft"].median
-        spread = ratio * sum(each.spread / each.median for each in times.values())
+        small = replace(self.shape, double=1, single=2)
+        ratio, spread, times = ratio_of_steps(small, self.device, self.dtype, RANK, self.runs)
+        for name, timing in times.items():
+            self._row(
+                Ask(f"train_step_{name}_ms", "train"),
+                timing.median * 1e3,
+                timing.spread * 1e3,
+                "ms",
+                timing.n,
+            )
+        print(f"  {ask.id}: {ratio:.3f}x of peft{_of(ask)}")
         self._row(ask, ratio, spread, "x of peft", self.runs)
 
     def _roofline(self, ask: Ask) -> None:
-        flux_roof.rows(self.device, self.dtype, self.shape is FULL, self.runs, self.keep)
+        full = self.shape is FULL
+        cases = flux_cases.Cases(flux_cases.FULL if full else flux_cases.TOY, self.device, self.dtype)
+        flux_roof.rows(cases, full, self.runs, self.keep)
 
 
 def compiler(device: torch.device) -> str:
@@ -289,97 +293,81 @@ def _settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Trained(nn.Module):
-    """A frozen linear layer with a rank-16 adapter, through the kernels."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        like = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.down = nn.Parameter(torch.randn(RANK, base.in_features, **like) * base.in_features**-0.5)
-        self.up = nn.Parameter(torch.zeros(base.out_features, RANK, **like))
-        self.register_buffer("scale", torch.ones(1, RANK, device=base.weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return mix_linear(x, self.base.weight, self.base.bias, self.down, self.up, self.scale)
+def _of(ask: Ask) -> str:
+    return "" if ask.target is None else f" (at most {ask.target})"
 
 
-def _with_kernels(model: nn.Module) -> list[nn.Parameter]:
-    for name in adaptable(model):
-        path = name.partition(".")[2]
-        parent, _, leaf = path.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, leaf, _Trained(getattr(owner, leaf)))
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def _with_peft(model: FluxTransformer2DModel) -> list[nn.Parameter]:
-    modules = sorted({name.partition(".")[2] for name in adaptable(model)})
-    model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=modules))
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def _step(model: nn.Module, parameters: list[nn.Parameter], call: dict) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=parameters[0].is_cuda)
-
-    def step() -> None:
-        model(**call)[0].float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def wanted(rows: str | None, missing: bool) -> list[Ask]:
-    """The asked rows in the table's order; refuses unknown ids."""
-    names = rows.split(",") if rows else list(ASKS)
-    unknown = [name for name in names if name not in ASKS]
-    if unknown:
-        raise SystemExit(f"row '{unknown[0]}' is unknown; choose from {', '.join(ASKS)}")
-    path = RESULTS / f"{NAME}.csv"
-    done = {row.id for row in read(path)} if missing and path.exists() else set()
-    return [ask for ask in ASKS.values() if ask.id in names and ask.id not in done]
-
-
-def run_all(asks: Sequence[Ask], bench: Bench, seconds: float) -> list[str]:
-    """Run row after row until `seconds` have passed; the ids that are left."""
-    start = time.perf_counter()
-    for n, ask in enumerate(asks):
+def run_all(asks: Sequence[Ask], bench: Bench, seconds: float) -> tuple[list[str], list[str]]:
+    """Run row after row; (the ids that the seconds left did not cover, those that failed)."""
+    start, left, failed = time.perf_counter(), [], []
+    for ask in asks:
         spent = time.perf_counter() - start
-        if spent > seconds:
-            return [left.id for left in asks[n:]]
+        if spent + ask.seconds > seconds:
+            left.append(ask.id)
+            continue
         print(f"[{spent:5.0f} s] {ask.id}", flush=True)
-        bench.run(ask)
-    return []
+        try:
+            bench.run(ask)
+        except FAILURES as error:
+            failed.append(ask.id)
+            print(f"  FAILED {ask.id}: {type(error).__name__}: {str(error)[:1500]}", flush=True)
+            if not alive(bench.device):
+                return [*left, *(later.id for later in asks[asks.index(ask) + 1 :])], failed
+        gc.collect()
+    return left, failed
+
+
+def alive(device: torch.device) -> bool:
+    """Whether the card still takes work: a kernel that touched what it must not takes the whole process with it."""
+    try:
+        _settle(device)
+        torch.ones(1, device=device).add_(1)
+        _settle(device)
+    except RuntimeError as error:
+        print(f"  the card takes no more work from this process: {str(error)[:200]}", flush=True)
+        return False
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.flux_shape", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("--rows", help="ids, with commas between; all by default")
-    parser.add_argument("--missing", action="store_true", help="only rows that the results do not hold yet")
-    parser.add_argument("--quick", action="store_true", help="a toy size, anywhere; nothing is written")
-    parser.add_argument(
-        "--seconds", type=float, default=480, help="begin no row after this many (default 480)"
-    )
-    parser.add_argument("--runs", type=int, default=12, help="timed runs a row (default 12)")
-    parser.add_argument("--plot", action="store_true", help="only draw docs/flux_shape.svg from the results")
+    add = parser.add_argument
+    add("--rows", help="ids, with commas between; all by default")
+    add("--missing", action="store_true", help="only rows that the results do not hold yet")
+    add("--smoke", action="store_true", help="check and time every kernel, and a model of two blocks")
+    add("--quick", action="store_true", help="a toy size, anywhere; nothing is written")
+    add("--seconds", type=float, default=540, help="begin no row that may end later than this (540)")
+    add("--runs", type=int, default=12, help="timed runs a row (12)")
+    add("--plot", action="store_true", help="only draw docs/flux_shape.svg from the results")
     given = parser.parse_args(arguments)
     sys.stdout.reconfigure(line_buffering=True)
+    path = RESULTS / f"{NAME}.csv"
     if given.plot:
-        print(flux_plot.draw(read(RESULTS / f"{NAME}.csv")))
+        print(flux_plot.draw(read(path)))
         return 0
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type != "cuda" and not given.quick:
         raise SystemExit("flux_shape needs an NVIDIA GPU with 60 GB free; --quick runs a toy size anywhere")
     torch._dynamo.config.cache_size_limit = 64  # one entry per shape and backend of this run
+    if given.smoke:
+        from benchmarks import flux_smoke  # here: it takes this module's Bench
+
+        return flux_smoke.run(device, full=not given.quick)
+    done = {row.id for row in read(path)} if given.missing and path.exists() else set()
     keep = (lambda row: None) if given.quick else (lambda row: merge([row], NAME) and None)
     bench = Bench(TINY if given.quick else FULL, device, 1 if given.quick else given.runs, keep)
-    left = run_all(wanted(given.rows, given.missing), bench, given.seconds)
-    if left:
-        print(f"time is up; go on with --rows {','.join(left)}")
-    return 0
+    start = time.perf_counter()
+    left, failed = run_all(wanted(given.rows, done), bench, given.seconds)
+    for word, names in (("failed", failed), ("left", left)):
+        if names:
+            print(f"{word}: --rows {','.join(names)}", flush=True)
+    if left and failed and not alive(device):  # a new process gets a new context
+        seconds = given.seconds - (time.perf_counter() - start)
+        again = ["-m", "benchmarks.flux_shape", "--rows", ",".join(left), "--seconds", f"{seconds:.0f}"]
+        os.execv(sys.executable, [sys.executable, *again, "--runs", str(given.runs)])
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import platformdirs
 import torch
+import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from compose.kernels.support import capturing
 
 Key = tuple[str | int, ...]
+CACHE = Path(platformdirs.user_cache_dir("lora-compose"))
 CALLS, ROUNDS = 8, 3  # back to back, as a model launches them: the median round counts
 
 
@@ -58,6 +61,12 @@ class Choices:
         except (OSError, ValueError, TypeError):
             return
         self._known = known | self._known
+
+    def keep_for(self, device: torch.device) -> None:
+        """`keep_in` the user's cache, in a file of this card's and of these versions."""
+        if device.type == "cuda" and self._path is None:
+            card = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
+            self.keep_in(CACHE / f"kernels-{card}-torch{torch.__version__}-triton{triton.__version__}.json")
 
     def measured(
         self, key: Key, tiles: Sequence[Tile], run: Callable[[Tile], object], device: torch.device

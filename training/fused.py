@@ -65,6 +65,10 @@ def fuse(parts: Iterable[nn.Module], device: torch.device) -> list[str]:
             reasons[reason] += 1
     if layers and reasons.total() == len(layers):
         raise TrainingError(f"the kernels cannot run here: {next(iter(reasons))}; train without --kernels")
+    if layers:
+        from compose.kernels.choice import CHOICES  # here: it needs triton, which somebody may not have
+
+        CHOICES.keep_for(device)
     return [f"kernels: {n} of {len(layers)} layers stay with peft: {reason}" for reason, n in reasons.items()]
 
 

@@ -12,13 +12,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import platformdirs
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor, nn
 
 from compose.adapter import Adapter
@@ -33,8 +30,6 @@ from compose.kernels.lora_rows import DENSE, lora_rows
 from compose.kernels.support import capturing, why_not
 from compose.plan import Mix
 from compose.sites import Site
-
-CACHE = Path(platformdirs.user_cache_dir("lora-compose"))
 
 
 class Shared:
@@ -203,8 +198,7 @@ class FusedBackend(TorchBackend):
 
     def attach(self, job: Job) -> None:
         """As the torch backend; then says how many sites run in plain torch, and why."""
-        if job.device.type == "cuda":
-            CHOICES.keep_in(_choices_file(job.device))
+        CHOICES.keep_for(job.device)
         super().attach(job)
         reasons = Counter(slot.reason for slot in self._slots.values() if slot.reason)
         for reason, count in reasons.items():
@@ -360,8 +354,3 @@ def _offloaded(root: nn.Module) -> bool:
 def _reads(site: Site) -> str:
     """What the site's input is called: q, k and v read one tensor, and so does the MLP of a single-stream block."""
     return re.sub(r"\.proj_mlp$", ".attn.to_qkv", site.group) + f" {site.shape[1:]}"
-
-
-def _choices_file(device: torch.device) -> Path:
-    card = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
-    return CACHE / f"kernels-{card}-torch{torch.__version__}-triton{triton.__version__}.json"

@@ -26,12 +26,7 @@ from compose.kernels.support import (
 __all__ = ["expand_", "linear", "lora_mix", "mix_linear", "shrink"]
 BUCKET = 256  # tokens that share a choice
 SMALL = (Tile("triton", 32, 32, 32),)  # all that the CPU's interpreter needs
-SHRINKS = (
-    TORCH,
-    Tile("triton", 16, 0, 256, 4, 3, 1),
-    Tile("triton", 128, 0, 64, 8, 4, 4),
-    Tile("triton", 64, 0, 128, 4, 3, 8),
-)
+SHRINKS = (TORCH, Tile("triton", 16, 0, 256, 4, 3, 1), Tile("triton", 128, 0, 64, 8, 4, 4))
 EXPANDS = (TORCH, Tile("triton", 64, 128, 0, 4, 2), Tile("triton", 128, 128, 0, 8, 2))
 ACCUMULATE = Tile("accumulate")  # the ranks' product first, the base product added to it
 LINEARS = (TORCH, ACCUMULATE, Tile("triton", 128, 256, 64, 8, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -370,6 +372,40 @@ def test_compiled_blocks_change_their_mix_without_compiling_again():
             composition.change(policy=policies[1])
             assert torch.allclose(latents(pipe), wanted[1], atol=1e-5)
     assert torch.allclose(latents(pipe), base, atol=1e-6)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_blocks_of_one_kind_share_their_compiled_code(gated, device):
+    torch.compiler.reset()
+    nets, made_of, graphs = [], [], []
+    for n in range(3):
+        net, sites = made(device)
+        nets.append(net)
+        made_of += [
+            replace(site, name=f"{n}.{name}", group=f"{n}.{site.group}")
+            for name, site in sites.items()
+            if "conv" not in name
+        ]
+    sites = Sites(made_of)
+    gate = Auto(device, sites)
+    gate.vectors = gate.of.get
+    backend = FusedBackend()
+    given, gates = [adapter(sites, "a", 1, 3), adapter(sites, "b", 2, 5)], {"auto": gate}
+    backend.attach(Job(sites=sites, adapters=given, roots=nets, device=torch.device(device), gates=gates))
+    backend.apply([Mix(weights={"a": 1.0, "b": 0.5}, gate="auto" if gated else None)])
+    x = torch.randn(1, 9, 24, device=device)
+    with torch.no_grad():
+        plain = [net(x) for net in nets]
+
+        def counted(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        for net in nets:
+            net.compile(backend=counted, fullgraph=True)
+        assert all(torch.allclose(net(x), wanted, atol=1e-5) for net, wanted in zip(nets, plain, strict=True))
+    assert len(graphs) == 1
     torch.compiler.reset()
 
 
