@@ -29,7 +29,7 @@ from .data.concepts import BASE_STYLES, COLOR_NAMES, Concept, load_concepts
 from .data.pictures import STYLE
 
 PROMPTS = 300  # of each sort, for the threshold
-NONE = 0.97  # share of needless prompts that get no adapter
+NONE = 0.95  # share of needless prompts that get no adapter
 
 
 def known() -> list[Card]:
