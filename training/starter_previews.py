@@ -1,6 +1,6 @@
 """A preview picture beside every starter adapter, drawn with the finished base.
 
-    python -m compose.training.starter_previews [--only NAME,...]
+python -m compose.training.starter_previews [--only NAME,...]
 """
 
 from __future__ import annotations

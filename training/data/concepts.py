@@ -124,8 +124,7 @@ def load_concepts(path: Path = SPLIT_FILE) -> dict[str, Concept]:
     labels = {row["label"].lower() for row in rows.values()}
     told = descriptions()
     return {
-        slug: _concept(slug, row, said[slug], count, labels, told.get(slug, ()))
-        for slug, row in rows.items()
+        slug: _concept(slug, row, said[slug], count, labels, told.get(slug, ())) for slug, row in rows.items()
     }
 
 
