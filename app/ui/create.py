@@ -203,7 +203,13 @@ def _wire(
             raise gr.Error(str(error), print_exception=False) from None
 
     made.add.input(put, [made.add, made.board], [made.board, made.add], **quiet)
-    chosen = gr.State(0)
+    _wire_gallery(made, back, use)
+
+
+def _wire_gallery(made: Create, back: gr.Button, use: gr.Button) -> None:
+    """Choosing a picture, and what can be done with it."""
+    shop, chosen = made.workshop, gr.State(0)
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     def choose(event: gr.SelectData) -> int:
         return int(event.index)

@@ -184,26 +184,41 @@ def command(values: dict[str, Any], folder: Path) -> list[str]:
     return line
 
 
+def _form(workshop: Workshop) -> dict[str, Any]:
+    """The fields, by the names that `command` reads."""
+    kind = gr.Radio([("A style, thing or place", LORA), ("A restoration", RESTORE)], value=LORA, label="What to learn", elem_id="train-kind")  # fmt: skip
+    pictures = gr.File(label="Pictures", file_count="multiple", file_types=["image", ".txt"], height=160, elem_id="train-pictures")  # fmt: skip
+    trigger = gr.Textbox(
+        label="Trigger", placeholder="the word or phrase that will call it", elem_id="trigger"
+    )
+    defects = gr.Dropdown(list(PROMPTS), value=["noise"], multiselect=True, visible=False, label="What to take out (the pictures are clean; these defects are made)", elem_id="train-defects")  # fmt: skip
+    with gr.Row():
+        steps = gr.Slider(1, 4000, 400, step=1, label="Steps", elem_id="train-steps")
+        rank = gr.Slider(1, 64, 4, step=1, label="Rank")
+    with gr.Row():
+        base = gr.Dropdown(list(workshop.bases), value=workshop.bases[0], label="Base")
+        role = gr.Dropdown(["style", "concept", "character", "clothing", "background", "pose", "detail", "other"], value="concept", label="Role")  # fmt: skip
+    description = gr.Textbox(label="Description")
+    licence = gr.Textbox(label="Licence", placeholder="cc-by-4.0")
+    validate = gr.Textbox(label="Sample prompt (drawn five times on the way)")
+
+    def turn(kind: str) -> list[Any]:
+        return [gr.update(visible=kind == RESTORE), *[gr.update(visible=kind == LORA)] * 4]
+
+    turned = [defects, trigger, role, description, validate]
+    kind.change(turn, kind, turned, queue=False, show_progress="hidden", api_visibility="private")
+    return {
+        "kind": kind, "defects": defects, "pictures": pictures, "trigger": trigger, "steps": steps, "rank": rank, "base": base,
+        "role": role, "description": description, "licence": licence, "validate": validate,
+    }  # fmt: skip
+
+
 def build(workshop: Workshop, tab: gr.Tab) -> gr.State:
     """Lay the tab out and wire it -> changes when an adapter has been trained."""
     runs, trained = Runs(workshop), gr.State(None)
     with gr.Row():
         with gr.Column(min_width=320):
-            kind = gr.Radio([("A style, thing or place", LORA), ("A restoration", RESTORE)], value=LORA, label="What to learn", elem_id="train-kind")  # fmt: skip
-            pictures = gr.File(label="Pictures", file_count="multiple", file_types=["image", ".txt"], height=160, elem_id="train-pictures")  # fmt: skip
-            trigger = gr.Textbox(
-                label="Trigger", placeholder="the word or phrase that will call it", elem_id="trigger"
-            )
-            defects = gr.Dropdown(list(PROMPTS), value=["noise"], multiselect=True, visible=False, label="What to take out (the pictures are clean; these defects are made)", elem_id="train-defects")  # fmt: skip
-            with gr.Row():
-                steps = gr.Slider(1, 4000, 400, step=1, label="Steps", elem_id="train-steps")
-                rank = gr.Slider(1, 64, 4, step=1, label="Rank")
-            with gr.Row():
-                base = gr.Dropdown(list(workshop.bases), value=workshop.bases[0], label="Base")
-                role = gr.Dropdown(["style", "concept", "character", "clothing", "background", "pose", "detail", "other"], value="concept", label="Role")  # fmt: skip
-            description = gr.Textbox(label="Description")
-            licence = gr.Textbox(label="Licence", placeholder="cc-by-4.0")
-            validate = gr.Textbox(label="Sample prompt (drawn five times on the way)")
+            form = _form(workshop)
             with gr.Row():
                 go = gr.Button("Train", variant="primary", elem_id="train")
                 stop = gr.Button("Stop", variant="stop", elem_id="train-stop")
@@ -221,29 +236,10 @@ def build(workshop: Workshop, tab: gr.Tab) -> gr.State:
                 visible=False,
                 elem_id="samples",
             )
-    names = (
-        "kind",
-        "defects",
-        "pictures",
-        "trigger",
-        "steps",
-        "rank",
-        "base",
-        "role",
-        "description",
-        "licence",
-        "validate",
-    )
-    inputs = [kind, defects, pictures, trigger, steps, rank, base, role, description, licence, validate]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-    def turn(kind: str) -> list[Any]:
-        return [gr.update(visible=kind == RESTORE), *[gr.update(visible=kind == LORA)] * 4]
-
-    kind.change(turn, kind, [defects, trigger, role, description, validate], queue=False, **quiet)
-
     async def train(*values: Any) -> AsyncIterator[list[Any]]:
-        async for update in _watched(runs, dict(zip(names, values, strict=True))):
+        async for update in _watched(runs, dict(zip(form, values, strict=True))):
             yield update
 
     async def go_on() -> AsyncIterator[list[Any]]:
@@ -251,7 +247,7 @@ def build(workshop: Workshop, tab: gr.Tab) -> gr.State:
             yield update
 
     seen = [watch, samples, trained]
-    go.click(train, inputs, seen, concurrency_limit=8, **quiet)
+    go.click(train, list(form.values()), seen, concurrency_limit=8, **quiet)
     resume.click(go_on, None, seen, concurrency_limit=8, **quiet)
     stop.click(runs.stop, None, None, queue=False, **quiet)
 
