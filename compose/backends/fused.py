@@ -229,7 +229,7 @@ class FusedBackend(TorchBackend):
             return False
         weight = site.module.weight
         dense = weight.is_contiguous() and weight.shape[1] % 8 == 0 and owners[id(weight)] == 1
-        return dense and weight.device == self.job.device
+        return dense and weight.device == self._table.device
 
     def _pays(self, group: Sequence[str]) -> bool:
         """Whether a copy of what they read costs less than reading and writing again what they write."""

@@ -72,8 +72,12 @@ class FusedFoldBackend(FoldBackend):
         if not plain or not any(deltas) or not module.weight.is_contiguous():
             return False
         biased = any(self.job.find(adapter.biases, name) is not None for adapter in self.job.adapters)
-        together = module.weight.device == kept.weight.device == self.job.device
+        together = module.weight.device == kept.weight.device and self._is_here(module.weight.device)
         return together and not biased and why_not(module.weight.device, module.weight.dtype) is None
+
+    def _is_here(self, device: torch.device) -> bool:
+        """Whether this is the job's device, which may leave out its number."""
+        return device.type == self.job.device.type and self.job.device.index in (None, device.index)
 
     def _ranks(self, name: str) -> list[tuple[str, str, float, int]]:
         found = [(a.name, self.job.find(a.deltas, name)) for a in self.job.adapters]
