@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from compose.errors import TrainingError
 from compose.kernels.support import why_not
 
+_KEPT = "_compose_cast"
+
 
 class FusedLinear(Linear):
     """peft's LoRA layer with another way to compute itself; whatever the kernels cannot take goes peft's way."""
@@ -39,7 +41,7 @@ class FusedLinear(Linear):
         kind = _arithmetic(x)
         weight, bias, down, up = (t if t is None else t.to(kind) for t in (base.weight, base.bias, down, up))
         with torch.autocast(x.device.type, enabled=False):
-            return mix_linear(x.to(kind), weight, bias, down, up, self._scale_of(name, down))
+            return mix_linear(_cast(x, kind), weight, bias, down, up, self._scale_of(name, down))
 
     def _scale_of(self, name: str, down: Tensor) -> Tensor:
         """(1, rank): alpha / rank, made once, on the device."""
@@ -85,3 +87,16 @@ def _arithmetic(x: Tensor) -> torch.dtype:
     """The type that a linear layer would compute in here."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _cast(x: Tensor, kind: torch.dtype) -> Tensor:
+    """x in the type of the arithmetic. Autocast's norms give float32, and q, k, v and the MLP read one of them: it is cast
+    once, kept once for the backward, and their gradients are added in the half type."""
+    if x.dtype == kind or x.is_inference():
+        return x.to(kind)
+    version, kept = getattr(x, _KEPT, (None, None))
+    wants = x.requires_grad and torch.is_grad_enabled()
+    if version != x._version or kept.dtype != kind or kept.requires_grad != wants:
+        kept = x.to(kind)
+        setattr(x, _KEPT, (x._version, kept))  # it goes when x goes
+    return kept

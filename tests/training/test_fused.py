@@ -13,7 +13,7 @@ from compose.app.cli import main
 from compose.errors import TrainingError
 from compose.kernels import support
 from compose.training.examples import encode
-from compose.training.fused import FusedLinear, fuse
+from compose.training.fused import FusedLinear, _cast, fuse
 from compose.training.lora import LoraSettings, train
 from compose.training.pictures import Picture
 
@@ -23,14 +23,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two = nn.Linear(24, 40), nn.Linear(40, 24, bias=False)
-        self.conv = nn.Conv2d(2, 3, 1)
+        self.one, self.side, self.two = nn.Linear(24, 40), nn.Linear(24, 40), nn.Linear(40, 24, bias=False)
 
     def forward(self, x):
-        return self.two(torch.tanh(self.one(x)))
+        return self.two(torch.tanh(self.one(x) * self.side(x)))
 
 
-def made(targets=("one", "two"), dtype=torch.float32):
+def made(targets=("one", "side", "two"), dtype=torch.float32):
     torch.manual_seed(0)
     net = Net().requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=5, lora_alpha=8, target_modules=list(targets)), net)
@@ -72,6 +71,21 @@ def test_under_autocast_it_computes_in_the_half_type_and_keeps_full_gradients():
         assert apart(got, wanted) < 2e-2
 
 
+def test_a_tensor_that_several_layers_read_is_cast_once_while_it_stays_what_it_was():
+    x = torch.randn(3, 24, device=DEVICE, requires_grad=True) * 1
+    first = _cast(x, torch.bfloat16)
+    assert first.dtype == torch.bfloat16 and _cast(x, torch.bfloat16) is first
+    assert _cast(x, torch.float16).dtype == torch.float16 and _cast(x, torch.float32) is x
+    with torch.no_grad():
+        assert not _cast(x, torch.bfloat16).requires_grad
+    assert _cast(x, torch.bfloat16).requires_grad
+    with torch.no_grad():
+        x.mul_(2)
+    assert torch.equal(_cast(x, torch.bfloat16), x.bfloat16())
+    with torch.inference_mode():
+        assert _cast(torch.ones(2), torch.float16).dtype == torch.float16
+
+
 def test_disabled_adapters_and_empty_inputs_go_pefts_way():
     net, x = made(), torch.randn(3, 24, device=DEVICE)
     fuse([net], DEVICE)
@@ -84,7 +98,7 @@ def test_what_stays_with_peft_is_said_and_nothing_left_is_refused(monkeypatch):
     net = made()
     net.two.base_layer.__class__ = type("Quantised", (nn.Linear,), {})
     assert fuse([net], DEVICE) == [
-        "kernels: 1 of 2 layers stay with peft: Quantised (float32) has a product of its own"
+        "kernels: 1 of 3 layers stay with peft: Quantised (float32) has a product of its own"
     ]
     with pytest.raises(TrainingError, match="float64 has no kernel"):
         fuse([made(dtype=torch.float64)], DEVICE)
