@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -22,17 +23,20 @@ def rows(cases: Cases, full: bool, runs: int, keep: Callable[[Row], None]) -> No
 
     row("roof_copy_tbps", copied / 1e12, "TB/s")
     row("roof_matmul_tflops", multiplied / 1e12, "TFLOP/s")
+    shares = []
     for case in cases:
         case.run(None)
         seconds = measure(lambda case=case: case.run(None), device=device, runs=runs).median
         floor = max(case.bytes / copied, case.operations / multiplied)
         row(f"roof_{case.name}_tbps", case.bytes / seconds / 1e12, "TB/s")
         row(f"roof_{case.name}_tflops", case.operations / seconds / 1e12, "TFLOP/s")
-        row(f"roof_{case.name}_percent", 100 * floor / seconds, "percent of the floor")
+        shares.append(100 * floor / seconds)
+        row(f"roof_{case.name}_percent", shares[-1], "percent of the floor")
         print(
             f"  {case.name}: {seconds * 1e6:.1f} us, floor {floor * 1e6:.1f} us, {100 * floor / seconds:.0f} %",
             flush=True,
         )
+    row("roofline", statistics.median(shares), "percent of the floor, in the middle")
     for key, tile in CHOICES.table().items():
         print(f"  chosen {key}: {tuple(tile)}", flush=True)
 

@@ -174,6 +174,16 @@ def test_the_first_minute_says_what_is_broken(monkeypatch, capsys):
     assert "WRONG: pack_24_r8x4 (" in capsys.readouterr().out
 
 
+def test_the_roofline_is_one_row_a_kernel_and_number(monkeypatch):
+    monkeypatch.setattr(Cases, "__iter__", lambda self: iter([self.base(32, 48), self.product(32, 8)]))
+    kept: list[Row] = []
+    flux_shape.Bench(TINY, CPU, 1, kept.append).run(ASKS["roofline"])
+    names = [row.id for row in kept]
+    assert names[:2] == ["roof_copy_tbps", "roof_matmul_tflops"] and names[-1] == "roofline"
+    assert names[2:5] == ["roof_base_32_48_tbps", "roof_base_32_48_tflops", "roof_base_32_48_percent"]
+    assert len(kept) == 2 + 2 * 3 + 1
+
+
 def test_full_size_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
