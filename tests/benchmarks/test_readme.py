@@ -55,7 +55,7 @@ def test_a_readme_without_markers_is_refused():
 
 def test_the_python_examples_run(tmp_path, monkeypatch):
     pipe = tiny.flux(0)
-    for seed, name in enumerate(("dog", "ink")):
+    for seed, name in enumerate(("fox", "ink")):
         save(tiny.random_adapter(pipe, name, seed=seed), tmp_path / f"{name}.safetensors")
     drawn = compose.ComposePipeline(pipe)
 
@@ -71,7 +71,7 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     scope = {"pipeline": pipe}
     for example in re.findall(r"```python\n(.*?)```", TEXT, re.S):
         exec(compile(example, "README", "exec"), scope)
-    assert (tmp_path / "dog.png").is_file() and scope["image"].size == (32, 32)
+    assert (tmp_path / "fox.png").is_file() and scope["image"].size == (32, 32)
 
 
 @pytest.mark.parametrize("line", re.findall(r"^(compose .*?)(?: {2,}#.*)?$", TEXT, re.M))

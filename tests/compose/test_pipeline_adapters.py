@@ -274,7 +274,7 @@ def test_found_adapters_come_with_score_and_reason(monkeypatch, pipe, library):
     record = pipe(
         "a dog in ink", auto_retrieve=True, k=2, license="share", roles=["style"], library=library, **SMALL
     ).record
-    assert asked == [("a dog in ink", BUNDLED, 2, "share", ("style",))]
+    assert asked == [("a dog in ink", (BUNDLED,), 2, "share", ("style",))]
     (item,) = record.adapters
     assert (item.name, item.weight, item.score, item.reason) == ("ink", 0.8, 0.71, choice.reason)
     assert record.prompt == "a dog in ink, ink style"
