@@ -563,7 +563,9 @@ def measure_retrieval(studio: Studio, report: Report, count: int) -> None:
 
     clip = Clip.load(studio.clip, studio.base)
     with tempfile.TemporaryDirectory() as folder:
-        library = Library.open(Path(folder), starter=None)  # its cards are among these, and would be there twice
+        library = Library.open(
+            Path(folder), starter=None
+        )  # its cards are among these, and would be there twice
         library.add_cards([from_dict(card) for card in retrieval_data.cards()])
         index, asked = Index(None, clip), retrieval_data.prompts()
 
