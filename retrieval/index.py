@@ -358,10 +358,15 @@ def write_seed(cards: Iterable[Card], clip: Encoder, encoder: WeightEncoder | No
     kept = {}
     for space in index._names():
         keys, rows = index._vectors(space).content()
-        kept |= {f"{index._mark(space)}.keys": keys, f"{index._mark(space)}.rows": rows.astype(np.float16)}
+        kept |= {f"{index._mark(space)}.keys": keys, f"{index._mark(space)}.rows": _coarse(rows)}
     path = clip.folder / seed_name(clip)
     write_atomic(path, save(kept))
     return path
+
+
+def _coarse(rows: np.ndarray) -> np.ndarray:
+    """Unit vectors as 8-bit numbers, each row at its own scale: their length says nothing, and cosines keep to 1e-3."""
+    return np.round(rows * (127 / np.abs(rows).max(axis=1, keepdims=True))).astype(np.int8)
 
 
 def _seeded(path: Path, mark: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -373,7 +378,8 @@ def _seeded(path: Path, mark: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     try:
         with safe_open(path, "numpy") as file:
             if f"{mark}.keys" in file.keys():  # noqa: SIM118 (not a dict)
-                yield file.get_tensor(f"{mark}.keys"), file.get_tensor(f"{mark}.rows")
+                rows = file.get_tensor(f"{mark}.rows").astype(np.float32)
+                yield file.get_tensor(f"{mark}.keys"), rows / np.linalg.norm(rows, axis=1, keepdims=True)
     except SafetensorError as error:
         _log.warning("'%s' cannot be read (%s); its vectors are made again", path, error)
 

@@ -34,14 +34,14 @@ from transformers import (
 
 from compose.retrieval.clip import from_open_clip
 
-from . import clip, loop, tokenizer, vae
+from . import clip, loop, reading, tokenizer, vae
 from .data import ARCHIVE, PHRASES
 from .data.concepts import BASE_STYLES
 from .data.scenes import Captioned, Composer, Pictures, Sampler, Scene
 from .muon import Muon
 from .tokenizer import T5_LENGTH
 
-STAGES = ("tokenizer", "vae", "clip", "base", "pack")
+STAGES = ("tokenizer", "vae", "clip", "read", "base", "pack")
 OPTIONS = (
     ("seconds", float, "time budget of the whole stage; the learning rate follows it"),
     ("steps", int, "or its steps, whichever ends first"),
@@ -609,6 +609,8 @@ def run(args: argparse.Namespace) -> int:
         vae.train(vae.VaeSettings(**given), args.archive, args.out)
     elif args.stage == "clip":
         clip.train(clip.ClipSettings(**given), args.archive, args.phrases, args.out / "tokenizer", args.out)
+    elif args.stage == "read":
+        reading.train(reading.ReadSettings(**given), args.archive, args.phrases, args.out / "tokenizer", args.out)
     elif args.stage == "base":
         train(BaseSettings(**given), args.archive, args.out)
     else:

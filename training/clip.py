@@ -71,13 +71,17 @@ def text_batch(
     ).input_ids.to(device)
 
 
-def read(model: open_clip.CLIP, ids: Tensor) -> Tensor:
-    """open-clip's `encode_text` for ids of any length (n, length <= CLIP_LENGTH) -> (n, 256): most texts are short."""
+def pooled(model: open_clip.CLIP, ids: Tensor) -> Tensor:
+    """What the base takes of ids of any length (n, length <= CLIP_LENGTH) -> (n, 256)."""
     length = ids.shape[1]
     hidden = model.token_embedding(ids) + model.positional_embedding[:length]
     hidden = model.transformer(hidden, attn_mask=model.attn_mask[:length, :length])
-    pooled = text_global_pool(model.ln_final(hidden), ids, "eos", eos_token_id=model.text_eos_id)
-    return pooled @ model.text_projection
+    return text_global_pool(model.ln_final(hidden), ids, "eos", eos_token_id=model.text_eos_id)
+
+
+def read(model: open_clip.CLIP, ids: Tensor) -> Tensor:
+    """open-clip's `encode_text`, for ids of any length: most texts are short."""
+    return pooled(model, ids) @ model.text_projection
 
 
 def describe(shown: Captioned, sampler: Sampler) -> str:
@@ -168,7 +172,9 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
     sentence = nn.Linear(256, 384, bias=False).to(world.device)
     modules = {"clip": model, "sentence": sentence}
     if (earlier := out / "clip_start.safetensors").exists():
-        _start_from(load_file(earlier), model, sentence)
+        state = load_file(earlier)
+        sentence.weight.data.copy_(state["sentence.weight"].float())
+        restore(model, state)
     loop.share_weights(modules.values(), world)
     parameters = [*model.parameters(), *sentence.parameters()]
     optimizer = torch.optim.AdamW(
@@ -225,9 +231,9 @@ def train(settings: ClipSettings, archive: Path, phrases: Path, tokenizer_folder
     loop.leave()
 
 
-def _start_from(state: dict[str, Tensor], model: open_clip.CLIP, sentence: nn.Linear) -> None:
-    sentence.weight.data.copy_(state.pop("sentence.weight").float())
-    model.load_state_dict({key: value.float() for key, value in state.items()})
+def restore(model: open_clip.CLIP, state: dict[str, Tensor]) -> None:
+    """Load what `train` saved."""
+    model.load_state_dict({key: value.float() for key, value in state.items() if key != "sentence.weight"})
 
 
 def deck(

@@ -34,7 +34,6 @@ STYLE_ADAPTERS = ("fluent-3d", "high-contrast", "noto-v1", "emojione-mono")
 CONCEPT_ADAPTERS = (
     "fox", "panda", "dragon", "flamingo", "ghost", "castle", "camera", "strawberry", "sunglasses", "graduation-cap", "cupcake", "saxophone",
 )  # fmt: skip
-SCENES = 1200  # drawn and encoded for one adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +50,8 @@ class Recipe:
     rank: int
     targets: str
     steps: int = 400
+    batch: int = 48
+    scenes: int = 1200  # drawn and encoded
 
     @property
     def licence(self) -> str:
@@ -112,9 +113,11 @@ def _style(name: str) -> Recipe:
         tags=tags,
         artwork=twins,
         scene=scene,
-        rank=4,
+        rank=8,
         targets="all",
-        steps=600,
+        steps=2500,
+        batch=192,
+        scenes=6000,
     )
 
 
@@ -203,11 +206,16 @@ def build(
 ) -> Path:
     """Train one adapter and write `out/name.safetensors`."""
     shown = examples(
-        recipe, pipe, pictures, composer, count=changes.pop("scenes", SCENES), seed=sum(recipe.name.encode())
+        recipe,
+        pipe,
+        pictures,
+        composer,
+        count=changes.pop("scenes", recipe.scenes),
+        seed=sum(recipe.name.encode()),
     )
     settings = LoraSettings(
         trigger=recipe.trigger, rank=recipe.rank, targets=recipe.targets, description=recipe.description, tags=recipe.tags, role=recipe.role,
-        licence=recipe.licence, guidance=1.0, **({"steps": recipe.steps, "batch": 48, "lr": 2e-3} | changes),
+        licence=recipe.licence, guidance=1.0, **({"steps": recipe.steps, "batch": recipe.batch, "lr": 2e-3} | changes),
     )  # fmt: skip
     return train(
         settings,
@@ -227,7 +235,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ADAPTERS)
     parser.add_argument("--only", help="names, comma-separated")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th adapter from the i-th, for n GPUs")
-    parser.add_argument("--scenes", type=int, default=SCENES)
+    parser.add_argument("--scenes", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int)
     args = parser.parse_args()

@@ -23,7 +23,7 @@ from .examples import Examples
 from .lora import BaseFacts, Source, targets_of
 from .objectives import objective_of
 from .shira import ShiraSettings, train
-from .starter import SCENES, Recipe, examples, recipes
+from .starter import Recipe, examples, recipes
 
 SUBJECTS = ("high-contrast", "emojione-mono", "fox", "dragon", "castle", "strawberry")
 FOLDER = ADAPTERS / "shira"
@@ -40,11 +40,11 @@ def percent_of(pipe: FluxPipeline, recipe: Recipe) -> float:
 
 
 def settings_of(
-    pipe: FluxPipeline, name: str, recipe: Recipe, steps: int | None, batch: int
+    pipe: FluxPipeline, name: str, recipe: Recipe, steps: int | None, batch: int | None
 ) -> ShiraSettings:
     return ShiraSettings(
         trigger=recipe.trigger, targets=recipe.targets, description=recipe.description, tags=recipe.tags, role=recipe.role,
-        licence=recipe.licence, guidance=1.0, steps=steps or recipe.steps, batch=batch, lr=LR,
+        licence=recipe.licence, guidance=1.0, steps=steps or recipe.steps, batch=batch or recipe.batch, lr=LR,
         mask="random", percent=percent_of(pipe, recipe), member=SUBJECTS.index(name), family=len(SUBJECTS),
     )  # fmt: skip
 
@@ -55,9 +55,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--only", help="names, comma-separated")
-    parser.add_argument("--scenes", type=int, default=SCENES)
+    parser.add_argument("--scenes", type=int)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--batch", type=int)
     args = parser.parse_args()
     pipe = FluxPipeline.from_pretrained(args.base).to("cuda" if torch.cuda.is_available() else "cpu")
     pictures, chosen = Pictures(args.archive), recipes()
@@ -66,7 +66,9 @@ def main() -> None:
     base = BaseFacts(name=BUNDLED, sha256=folder_digest(args.base))
     for name in args.only.split(",") if args.only else SUBJECTS:
         recipe = chosen[name]
-        shown = examples(recipe, pipe, pictures, composer, count=args.scenes, seed=sum(name.encode()))
+        shown = examples(
+            recipe, pipe, pictures, composer, count=args.scenes or recipe.scenes, seed=sum(name.encode())
+        )
         settings = settings_of(pipe, name, recipe, args.steps, args.batch)
         draw = _drawing(shown, settings)
         print(train(settings, pipe, draw, args.out / f"{name}.safetensors", base=base), flush=True)

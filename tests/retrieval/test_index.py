@@ -123,6 +123,14 @@ def test_the_seed_spares_the_first_run_and_nothing_is_written(tmp_path, encoder,
     index.sync(cards)
     assert encoder.texts_seen == []
     assert not (tmp_path / "home").exists()
+    fresh = Index(None, encoder)
+    path.unlink()
+    fresh.sync(cards)
+    seeded, made = (
+        {(hit.card.name, hit.evidence.text): hit.cosine for hit in source.by_words(["dog"], cards)[0]}
+        for source in (index, fresh)
+    )
+    assert seeded == pytest.approx(made, abs=2e-3)
 
 
 def test_a_folder_that_cannot_be_written_keeps_vectors_in_memory(tmp_path, encoder, cards, caplog):
