@@ -610,7 +610,9 @@ def run(args: argparse.Namespace) -> int:
     elif args.stage == "clip":
         clip.train(clip.ClipSettings(**given), args.archive, args.phrases, args.out / "tokenizer", args.out)
     elif args.stage == "read":
-        reading.train(reading.ReadSettings(**given), args.archive, args.phrases, args.out / "tokenizer", args.out)
+        reading.train(
+            reading.ReadSettings(**given), args.archive, args.phrases, args.out / "tokenizer", args.out
+        )
     elif args.stage == "base":
         train(BaseSettings(**given), args.archive, args.out)
     else:
