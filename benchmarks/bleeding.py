@@ -1,7 +1,8 @@
 """Concept bleeding: two concept adapters in one picture, left and right, bound to their halves or merged.
 
-A picture is right where the judge has each concept, looking at its own half alone, among its first five of all base
-and zoo concepts (the rule of the row two_objects). Plain merging is given its best weight.
+Half of the prompts say which is left and which is right, half only name both. A picture is right where the judge has
+each concept, looking at its own half alone, among its first five of all base and zoo concepts (the rule of the row
+two_objects). Plain merging is given its best weight.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.timing import where
 from compose.adapter import Adapter
 from compose.assets import ADAPTERS, BASE, CLIP
 from compose.engine import composed
-from compose.plan import Area, Policy
+from compose.plan import Area, Context, Policy
 from compose.policies import Merge, Regions
 from compose.training.data import ARCHIVE
 from compose.training.data.concepts import BASE_STYLES, COLOR_NAMES
@@ -28,7 +29,7 @@ from compose.training.data.pictures import STYLE
 IDS = ("regions_gain_points", "regions_both_right", "merge_both_right")
 
 WEIGHTS = (0.6, 0.7, 0.8, 0.9, 1.0)  # that plain merging is tried with
-PAIRS, COUNT, QUICK = 25, 1000, 4
+PAIRS, COUNT, QUICK = 25, 500, 4
 LEFT, RIGHT = Area(box=(0.0, 0.0, 0.5, 1.0)), Area(box=(0.5, 0.0, 1.0, 1.0))
 
 
@@ -77,7 +78,8 @@ def plan_pairs(adapters: dict[str, Adapter], pairs: int, count: int) -> list[Pai
 def _case(rng: random.Random, adapters: dict[str, Adapter], left: str, right: str, seed: int) -> Case:
     style, color = rng.choice(BASE_STYLES), rng.choice(COLOR_NAMES)
     one, two = (adapters[name].metadata["compose.trigger"] for name in (left, right))
-    prompt = f"a {one} on the left and a {two} on the right, {STYLE[style].phrases[0]} style, on a {color} background"
+    both = rng.choice((f"a {one} on the left and a {two} on the right", f"a {one} and a {two}"))
+    prompt = f"{both}, {STYLE[style].phrases[0]} style, on a {color} background"
     return Case(
         row="", prompt=prompt, seed=seed, concepts=(left, right), style=style, top=color, bottom=color
     )
@@ -89,10 +91,14 @@ def draw_all(studio: Studio, pairs: Sequence[Pair], row: str, weight: float | No
     answers: list[Answer] = []
     for pair in pairs:
         adapters = [studio.adapters["concept"][name] for name in (pair.left, pair.right)]
-        cases = [replace(case, row=row) for case in pair.cases]
-        with composed(studio.pipe, adapters, policy_of(adapters, weight)):
-            drawn = studio.draw(cases)
-        answers += studio.judged(cases, drawn, among)
+        said = {adapter.name: adapter.metadata["compose.trigger"] for adapter in adapters}
+        for start in range(0, len(pair.cases), studio.batch):
+            cases = [replace(case, row=row) for case in pair.cases[start : start + studio.batch]]
+            context = Context(prompts=[case.prompt for case in cases], triggers=said)
+            policies = [policy_of(adapters, weight)] * len(cases)
+            with composed(studio.pipe, adapters, policies, pictures=len(cases), context=context):
+                drawn = studio.draw(cases)
+            answers += studio.judged(cases, drawn, among)
     return answers
 
 

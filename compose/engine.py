@@ -26,7 +26,7 @@ from compose.plan import Branch, Context, Mix, Policy, Step, check_plan
 from compose.shared import SharedBase
 from compose.sites import TEXT_ENCODERS, Layout, bind, layout_of, matching, sites_of
 from compose.takeover import Takeover
-from compose.text import Texts
+from compose.text import Reading, Texts, reworded
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -225,8 +225,8 @@ class Composition:
             return None
         shared = SharedBase(self.denoiser, self._asked_shared)
         reason = ""
-        if self.text_backend is not None:
-            reason = "adapters of text encoders give each branch its own text"
+        if self.text_backend is not None or self._reworded():
+            reason = "adapters of text encoders and regions give each branch its own text"
         elif self.backend.rows == 1:
             reason = "this backend or model carries one mix per call"
         if reason:
@@ -268,7 +268,7 @@ class Composition:
         scheduler, take = self.pipe.scheduler, self._takeover
         take.replace(scheduler, "step", self._ticking)
         take.replace(scheduler, "set_timesteps", self._starting)
-        if self.text_backend is not None or self._worded():
+        if hasattr(self.pipe, "encode_prompt"):
             take.replace(self.pipe, "encode_prompt", self._encoding)
         take.route(self._denoise)
 
@@ -363,23 +363,32 @@ class Composition:
         return starting
 
     def _encoding(self, encode: Callable) -> Callable:
-        def run(args: tuple, kwargs: dict, mix: Mix) -> Any:
+        def run(args: tuple, kwargs: dict, reading: Reading, positive: bool) -> Any:
             if self.text_backend is not None:
-                self.text_backend.apply([mix])
+                self.text_backend.apply([reading.mix])
+            if reading.prompt is not None and positive:
+                args, kwargs = reworded(args, kwargs, reading.prompt)
             return encode(*_copied(args), **_copied(kwargs))
 
         def encoding(*args: Any, **kwargs: Any) -> Any:
             self._takeover.check_thread()
-            first = self._text_mix(self._plan(Step(index=0, count=NOMINAL_STEPS, sigma=1.0), 0)[0])
+            branch = self._plan(Step(index=0, count=NOMINAL_STEPS, sigma=1.0), 0)[0]
+            first = Reading(mix=self._reading(branch).mix)
             kept = (_copied(args), _copied(kwargs))
             prompt = kept[0][0] if args else kept[1].get("prompt")
-            return self._texts.encode(lambda mix: run(*kept, mix), first, prompt)
+            positive = prompt is not None and self._texts.is_first()
+            return self._texts.encode(lambda reading: run(*kept, reading, positive), first, prompt)
 
         return encoding
 
-    def _text_mix(self, branch: Branch) -> Mix:
+    def _reading(self, branch: Branch) -> Reading:
+        """How this branch has the prompt encoded; chats, whose words have no fixed places, are left as they are."""
         mix = branch.mix if branch.text is None else branch.text
-        return Mix(weights={name: weight for name, weight in mix.weights.items() if name in self._text_names})
+        mine = Mix(weights={name: weight for name, weight in mix.weights.items() if name in self._text_names})
+        return Reading(mix=mine, prompt=branch.prompt if self.layout.tokenizers else None)
+
+    def _reworded(self) -> bool:
+        return any(branch.prompt is not None for branch in self._branches())
 
     def _denoise(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """One denoiser call: every branch of every picture, then the share-weighted sum."""
@@ -485,13 +494,13 @@ class Composition:
 
     def _in_words(self, call: Mapping[str, Any], each: Pass) -> Mapping[str, Any]:
         """The call with the text of these rows as their branches have it encoded."""
-        if self.text_backend is None:
+        if self.text_backend is None and all(branch.prompt is None for branch in each.branches):
             return call
-        mixes: list[Mix | None] = [None] * call_rows.count(self.layout, call)
+        readings: list[Reading | None] = [None] * call_rows.count(self.layout, call)
         for row, branch in zip(each.rows, each.branches, strict=True):
-            mixes[row] = self._text_mix(branch)
+            readings[row] = self._reading(branch)
         text = {name: call[name] for name in self.layout.text if call.get(name) is not None}
-        return {**call, **{name: self._texts.swap(value, mixes) for name, value in text.items()}}
+        return {**call, **{name: self._texts.swap(value, readings) for name, value in text.items()}}
 
     def _spread(self, call: Mapping[str, Any], row: int, ordinal: int) -> Spread:
         picture = row % self.pictures
@@ -522,7 +531,7 @@ class Composition:
 
 
 def _identity(branch: Branch) -> Hashable:
-    return (branch.key, branch.mix.key(), None if branch.text is None else branch.text.key())
+    return (branch.key, branch.mix.key(), None if branch.text is None else branch.text.key(), branch.prompt)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -56,14 +56,15 @@ class Branch:
     """One denoiser pass of a step. The shares of a step's branches sum to 1 everywhere.
 
     `key` is the branch's stable identity for the cache; `share` a number or the name of a latent mask;
-    `text` the mix under which the prompt was encoded, `mix` where it is None; `reuse` asks for deep features from
-    the cache.
+    `text` the mix under which the prompt was encoded, `mix` where it is None; `prompt` what this branch reads in
+    place of the picture's prompt; `reuse` asks for deep features from the cache.
     """
 
     key: str
     mix: Mix
     share: float | str = 1.0
     text: Mix | None = None
+    prompt: str | None = None
     reuse: bool = False
 
 
@@ -72,7 +73,7 @@ class Area:
     """A part of the picture: `box` is (left, top, right, bottom) as fractions of the picture, or `picture` a grid of
     rows of numbers in [0, 1] (nested lists, an array or a tensor) that is stretched over it.
 
-    `words` is the part of the prompt that speaks of this area; it matters to cheap regions only.
+    `words` is the part of the prompt that speaks of this area.
     """
 
     box: tuple[float, float, float, float] | None = None

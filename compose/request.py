@@ -22,8 +22,8 @@ class Request:
     """One order for `count` pictures; picture i is drawn from seed + i, alone or beside others.
 
     Fields left at None take the base's own value (`compose.bases`); a seed left at None is drawn at random.
-    `loras`: adapters named (names, files or "name:0.8" strings); () means none at all, not even from tags in the
-    prompt; None means nothing was said. `auto_retrieve` searches the library where nothing is named, for at most
+    `loras`: adapters named (names, files or "name:0.8" strings, or weights by name); () means none at all, not even
+    from tags in the prompt; None means nothing was said. `auto_retrieve` searches the library where nothing is named, for at most
     `k` adapters, one of each role or those that `roles` lists ("concept", "concept", "style"), of those that `license` (a use such as "commercial") allows. `options` go to the policy (tau=2);
     `regions` binds an adapter to a box "x0,y0,x1,y1" (fractions of the picture) or a mask picture; `blocks` maps an
     adapter to factors by site pattern. `image` and `mask` are files or
@@ -113,6 +113,8 @@ def _picks(loras: Any) -> tuple[Pick, ...] | None:
         return None
     if isinstance(loras, str | Pick):
         loras = (loras,)
+    if isinstance(loras, Mapping):
+        return tuple(_pick({"name": name, "weight": weight}) for name, weight in loras.items())
     return tuple(_pick(item) for item in loras)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import tiny
 import torch
@@ -10,7 +12,7 @@ from compose.engine import composed
 from compose.errors import BackendError, RequestError
 from compose.geometry import Tokens
 from compose.masks import cover, partition
-from compose.plan import REST, Area, Step, check_plan
+from compose.plan import REST, Area, Branch, Mix, Policy, Step, check_plan
 from compose.policies import Merge, Regions
 from compose.sites import LAYOUTS
 from compose.words import token_share
@@ -288,3 +290,43 @@ def columns(pipe, family: str, height: int, width: int) -> torch.Tensor:
     if got.dim() == 3:
         return got.reshape(1, height // 4, width // 4, -1).permute(0, 3, 1, 2)
     return got.squeeze(2) if got.dim() == 5 else got
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reads(Policy):
+    """Merge, in other words."""
+
+    weights: dict[str, float]
+    prompt: str | None
+
+    def plan(self, step: Step, picture: int) -> tuple[Branch, ...]:
+        return (Branch(key="only", mix=Mix(weights=self.weights), prompt=self.prompt),)
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["denoiser", "text encoders too"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_branch_is_drawn_from_the_words_it_reads(family, text):
+    """As if the prompt had been these words, and the negative prompt what it was; chats keep their prompt."""
+    pipe = tiny.PIPELINES[family](0)
+    match = None if text else lambda s: s.startswith(tiny.denoiser_name(pipe))
+    adapters = [tiny.random_adapter(pipe, "a", match=match) if match else tiny.random_adapter(pipe, "a")]
+    negative = {"negative_prompt": "blurred"} if family not in ("flux", "kontext") else {}
+    with composed(pipe, adapters, Merge(weights={"a": 1.0}), "torch"):
+        first, other = (
+            latents(pipe, family, prompt=words, **negative) for words in ("a cat", "two red dogs")
+        )
+    with composed(pipe, adapters, Reads(weights={"a": 1.0}, prompt="two red dogs"), "torch"):
+        drawn = latents(pipe, family, prompt="a cat", **negative)
+    assert not torch.allclose(first, other, atol=1e-4)
+    chat = family in ("qwen-image", "z-image")
+    assert torch.allclose(drawn, first if chat else other, atol=1e-5)
+
+
+def test_pictures_of_a_batch_read_their_own_words():
+    pipe = tiny.flux(0)
+    adapters = [tiny.random_adapter(pipe, "a")]
+    with composed(pipe, adapters, Merge(weights={"a": 1.0}), "torch"):
+        wanted = latents(pipe, "flux", prompt=["two red dogs", "a bird"])
+    policies = [Reads(weights={"a": 1.0}, prompt=prompt) for prompt in ("two red dogs", None)]
+    with composed(pipe, adapters, policies, "torch", pictures=2):
+        assert torch.allclose(latents(pipe, "flux", prompt=["a cat", "a bird"]), wanted, atol=1e-5)

@@ -81,6 +81,15 @@ def test_picks_come_from_loras_and_from_tags():
     assert request.text == "a dog"
 
 
+def test_weights_may_come_by_name():
+    assert Request(prompt="x", loras={"fox": 0.5, "ink": 1}).loras == (
+        Pick(name="fox", weight=0.5),
+        Pick(name="ink", weight=1),
+    )
+    with pytest.raises(RequestError, match=r"weight '0\.5' of adapter 'fox' is not a number"):
+        Request(prompt="x", loras={"fox": "0.5"})
+
+
 def test_none_means_no_adapter_at_all():
     assert Request(prompt="a dog <lora:oil:0.4>", loras=()).picks == ()
     with pytest.raises(RequestError, match="contradict"):
