@@ -42,12 +42,13 @@ from compose.training import vae
 from compose.training.data import ARCHIVE, captions
 from compose.training.data.concepts import BASE_STYLES, COLOR_NAMES, PATTERNS
 from compose.training.data.pictures import STYLE
-from compose.training.data.scenes import Composer, Pictures, Sampler, Scene
+from compose.training.data.scenes import DARK, DARK_INK, Composer, Pictures, Sampler, Scene
 
 VERDICTS = RESULTS / "base_verdicts.jsonl"
 KIND = KINDS[BUNDLED]
 COUNT, QUICK = 1000, 24
 BATCH = 250
+INKED = tuple(STYLE[name].phrases[0] for name in DARK_INK)
 
 # sentence shapes and openings that no training caption has
 PARAPHRASES = (
@@ -102,7 +103,8 @@ class Answer:
 def singles(
     row: str, count: int, seed: int, pictures: Pictures, adapter: str | None = None, style: str | None = None
 ) -> list[Case]:
-    """One base concept in one base style on one colour; concepts go round, so that all are asked."""
+    """One base concept in one base style, or in `style` (its words), on one colour; concepts go round, so that all are
+    asked. Styles of black lines are not asked for on colours as dark as they are: nothing would be seen."""
     rng = random.Random(seed)
     sampler = Sampler(pictures, styles=BASE_STYLES, seed=seed)
     slugs = [slug for slug, c in pictures.concepts.items() if c.part == "base"]
@@ -111,7 +113,8 @@ def singles(
     for i in range(count):
         slug = slugs[i % len(slugs)]
         drawn = rng.choice([s for s in BASE_STYLES if (s, slug) in pictures.row])
-        color, words = rng.choice(COLOR_NAMES), style or STYLE[drawn].phrases[0]
+        words = style or STYLE[drawn].phrases[0]
+        color = rng.choice([c for c in COLOR_NAMES if c not in DARK or words not in INKED])
         name = captions.with_article(sampler.concepts[slug].label, rng)
         prompt = rng.choice(
             (

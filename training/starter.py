@@ -115,9 +115,9 @@ def _style(name: str) -> Recipe:
         scene=scene,
         rank=8,
         targets="all",
-        steps=2500,
-        batch=192,
-        scenes=6000,
+        steps=4000,
+        batch=512,
+        scenes=10_000,
     )
 
 
@@ -188,10 +188,10 @@ def examples(
     latents = torch.cat([vae.encode(batch.to(vae.dtype)).latent_dist.mode() for batch in drawn]).float()
     kind, objective = objective_of(pipe)
     found = [objective.encode(pipe, unique[i : i + 200], kind.text) for i in range(0, len(unique), 200)]
-    text = {name: torch.cat([part[name] for part in found]).cpu() for name in found[0]}
+    text = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     return Examples(
-        latents=scaled.cpu(), captions=unique, rows=torch.tensor([row[s.caption] for s in shown]), text=text
+        latents=scaled, captions=unique, rows=torch.tensor([row[s.caption] for s in shown]), text=text
     )
 
 

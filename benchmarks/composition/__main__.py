@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -35,7 +35,9 @@ from compose.digest import file_digest
 from compose.errors import ComposeError, RequestError, unknown
 from compose.loading import choose_device
 from compose.retrieval.clip import bundled
-from compose.retrieval.index import Encoder
+
+if TYPE_CHECKING:  # its index needs FAISS, which drawing does not
+    from compose.retrieval.index import Encoder
 
 SEEDS = (1, 2, 3)
 WORK = Path(".cache/composition")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,9 +29,11 @@ from compose.plan import Context, Policy
 from compose.policies import Auto
 from compose.profile import Profile
 from compose.request import Request
-from compose.retrieval.index import Encoder
 from compose.retrieval.profile import STEPS, measure
 from compose.routes import rerouted
+
+if TYPE_CHECKING:  # its index needs FAISS, which drawing does not
+    from compose.retrieval.index import Encoder
 
 MIB = 2**20
 

@@ -11,6 +11,8 @@ import torch
 from benchmarks import base, judge
 from compose.training.data import captions, concepts
 from compose.training.data.concepts import BASE_STYLES, load_concepts
+from compose.training.data.pictures import STYLE
+from compose.training.data.scenes import DARK_INK
 
 KNOWN = load_concepts()
 
@@ -28,6 +30,12 @@ def test_a_thousand_questions_ask_every_base_concept(pictures):
     assert len({case.seed for case in cases}) == 1000
     for case in cases[:50]:
         assert KNOWN[case.concepts[0]].label in case.prompt and case.top in case.prompt
+
+
+def test_black_lines_are_not_asked_for_on_dark_colours(pictures):
+    for style in STYLE.values():
+        colors = {case.top for case in base.singles("s", 300, 4, pictures, style=style.phrases[0])}
+        assert ("navy" in colors) == (style.name not in DARK_INK)
 
 
 def test_questions_are_the_same_every_time(pictures):

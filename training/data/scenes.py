@@ -117,7 +117,7 @@ class Sampler:
         """One to three named objects, or two to four of the same, with style and background."""
         rng, roll, style = self.rng, self.rng.random(), self.style()
         pick = self.have[style]
-        if roll < 0.54:
+        if roll < 0.44:
             place = "center" if rng.random() < 0.62 else rng.choice(list(PLACE_XY))
             slug = rng.choice(pick)
             items, things = (self.item(slug, place),), captions.single(self.say(slug), place, rng)
