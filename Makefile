@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-PROMPT ?= a fox in high contrast style on a night sky
+PROMPT ?= a fox on a night sky background
 
 .PHONY: demo test lint fmt clean bench-check
 
