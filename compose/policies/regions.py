@@ -8,7 +8,7 @@ from typing import Self
 
 from compose.errors import RequestError, unknown
 from compose.plan import REST, Area, Branch, Context, Mix, Policy, Step, Weight
-from compose.policies.wording import alone, part_of
+from compose.policies.wording import alone, parts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Regions(Policy):
     regions: Mapping[str, Area]
     mode: str = "exact"
     layout: float = 0.0
-    prompts: Sequence[Mapping[str, str]] = ()  # per picture: region -> what its branch reads
+    prompts: Sequence[Mapping[str, str]] = ()  # per picture, or one for all: region -> what its branch reads
 
     def __post_init__(self) -> None:
         if not self.regions:
@@ -37,6 +37,10 @@ class Regions(Policy):
             )
         if self.mode not in ("exact", "cheap"):
             raise RequestError(unknown("regions mode", self.mode, ["exact", "cheap"]))
+        if not 0 <= self.layout <= 1:
+            raise RequestError(
+                f"policy 'regions': layout is {self.layout}; give a share of the steps from 0 to 1"
+            )
         for name in self.regions:
             if name not in self.weights:
                 raise RequestError("region: " + unknown("adapter", name, self.weights))
@@ -46,20 +50,22 @@ class Regions(Policy):
         return self.regions
 
     def prepare(self, context: Context) -> Self:
-        if self.mode == "cheap":
+        if self.mode == "cheap" or self.prompts:
             return self
         return replace(self, prompts=[self._read(prompt, context.triggers) for prompt in context.prompts])
 
     def _read(self, prompt: str, triggers: Mapping[str, str]) -> dict[str, str]:
         """What each region's branch reads. Regions that no part of the prompt speaks of read all of it."""
-        parts = {
-            name: part
-            for name, area in self.regions.items()
-            if (words := area.words or triggers.get(name) or name) and (part := part_of(prompt, words))
+        said = {
+            name: area.words or triggers.get(name, "").strip() or name for name, area in self.regions.items()
         }
+        parts = parts_of(prompt, said)
         return {
             name: alone(
-                prompt, own, {part for part in parts.values() if part != own}, place_of(self.regions[name])
+                prompt,
+                own,
+                [part for other, theirs in parts.items() if other != name for part in theirs],
+                place_of(self.regions[name]),
             )
             for name, own in parts.items()
         }
@@ -69,8 +75,7 @@ class Regions(Policy):
         if self.mode == "cheap":
             mix = Mix(weights=self.weights, mask="regions")
             return (Branch(key="regions", mix=mix, text=Mix(weights=everywhere)),)
-        alone = picture < len(self.prompts) and step.fraction >= self.layout
-        read = self.prompts[picture] if alone else {}
+        read = self._prompts(picture) if step.fraction >= self.layout else {}
         bound = [
             Branch(
                 key=name,
@@ -81,6 +86,11 @@ class Regions(Policy):
             for name in self.regions
         ]
         return (*bound, Branch(key=REST, mix=Mix(weights=everywhere), share=REST))
+
+    def _prompts(self, picture: int) -> Mapping[str, str]:
+        if len(self.prompts) == 1:
+            return self.prompts[0]
+        return self.prompts[picture] if picture < len(self.prompts) else {}
 
 
 def place_of(area: Area) -> str:
@@ -100,7 +110,10 @@ def _middle(area: Area) -> tuple[float, float]:
         return (left + right) / 2, (top + bottom) / 2
     import numpy as np
 
-    picture = np.asarray(area.picture, dtype=np.float64)
+    numbers = (
+        area.picture.tolist() if hasattr(area.picture, "tolist") else area.picture
+    )  # of any type or device
+    picture = np.asarray(numbers, dtype=np.float64)
     if picture.ndim != 2 or not picture.sum() > 0:
         return 0.5, 0.5
     return tuple(
