@@ -130,7 +130,7 @@ class Composition:
 
     def __enter__(self) -> Self:
         self._takeover = Takeover(self.pipe, self.denoiser, [self.denoiser, *self._text_encoders()])
-        self.backend = self.text_backend = None
+        self.backend = self.text_backend = self.shared = None
         try:
             self._check()
             self._attach()
@@ -173,6 +173,7 @@ class Composition:
             self._refill(adapters)
         self._check_patterns()
         self._check_plans()
+        self.shared = self._share_base()
         self._renew()
 
     def _refill(self, adapters: list[Adapter]) -> None:
@@ -223,7 +224,7 @@ class Composition:
         """Sharing, where it is asked for and rows of one call may differ; else branches run one after the other."""
         if self._asked_shared is None:
             return None
-        shared = SharedBase(self.denoiser, self._asked_shared)
+        shared = self.shared or SharedBase(self.denoiser, self._asked_shared)
         reason = ""
         if self.text_backend is not None or self._reworded():
             reason = "adapters of text encoders and regions give each branch its own text"
@@ -388,11 +389,12 @@ class Composition:
         return Reading(mix=mine, prompt=branch.prompt if self.layout.tokenizers else None)
 
     def _reworded(self) -> bool:
-        return any(branch.prompt is not None for branch in self._branches())
+        return any(self._reading(branch).prompt is not None for branch in self._branches())
 
     def _denoise(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         """One denoiser call: every branch of every picture, then the share-weighted sum."""
         self._takeover.check_thread()
+        self._texts.use()
         call = bind(self._forward, args, kwargs)
         total = call_rows.count(self.layout, call)
         step = self._clock.now(call[_timestep_name(self.layout)])

@@ -52,7 +52,8 @@ class Geometry:
         height, width = grid(self._layout, call)
         text = call[self._layout.text[0]]
         length = len(text[0]) if self._layout.shape == "list" else text.shape[1]
-        key = (picture, height, width, length, tuple(words))
+        said = tuple((name, tuple(share.tolist())) for name, share in words.items())
+        key = (picture, height, width, length, said)
         if key not in self._spreads:
             tokens = Tokens(self._layout, height, width, length, self._areas[picture], words)
             self._spreads[key] = Spread(share=tokens.share)

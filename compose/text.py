@@ -65,6 +65,10 @@ class Texts:
         self._base = reading
         return self._calls[-1].under(reading)
 
+    def use(self) -> None:
+        """A denoiser runs: what is encoded from now on belongs to the next picture."""
+        self._used = True
+
     def is_first(self) -> bool:
         """Whether the next call of `encode_prompt` is the first of its picture: that of the prompt itself."""
         return self._used or not self._calls
@@ -82,7 +86,6 @@ class Texts:
     def swap(self, value: Any, readings: Sequence[Reading | None]) -> Any:
         """`value` (a tensor of rows, a list of them, or a dict of tensors) with row n as readings[n] has it encoded, or
         as it is where that is None."""
-        self._used = True
         if not self._calls or all(each is None or each.key() == self._base.key() for each in readings):
             return value
         if isinstance(value, Mapping):

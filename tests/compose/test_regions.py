@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from compose.engine import composed
+from compose.engine import Composition, composed
 from compose.errors import BackendError, RequestError
 from compose.geometry import Tokens
 from compose.masks import cover, partition
@@ -330,3 +330,66 @@ def test_pictures_of_a_batch_read_their_own_words():
     policies = [Reads(weights={"a": 1.0}, prompt=prompt) for prompt in ("two red dogs", None)]
     with composed(pipe, adapters, policies, "torch", pictures=2):
         assert torch.allclose(latents(pipe, "flux", prompt=["a cat", "a bird"]), wanted, atol=1e-5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half(Policy):
+    """Two halves of one adapter each, the first in other words."""
+
+    prompt: str | None
+
+    def plan(self, step: Step, picture: int) -> tuple[Branch, ...]:
+        return tuple(
+            Branch(key=name, mix=Mix(weights={name: 1.0}), share=0.5, prompt=prompt)
+            for name, prompt in (("a", self.prompt), ("b", None))
+        )
+
+
+def test_words_of_a_branch_end_the_sharing_of_base_work_also_when_they_come_later():
+    pipe = tiny.flux(0)
+    adapters = [tiny.random_adapter(pipe, name, seed=n) for n, name in enumerate("ab")]
+    with composed(pipe, adapters, Half(prompt="two red dogs"), "torch"):
+        wanted = latents(pipe, "flux", prompt="a cat")
+    with Composition(pipe, adapters, Half(prompt=None), "torch", shared="exact") as composition:
+        latents(pipe, "flux", prompt="a cat")
+        composition.change(policy=Half(prompt="two red dogs"))
+        assert torch.allclose(latents(pipe, "flux", prompt="a cat"), wanted, atol=1e-5)
+        assert composition.shared is None
+        composition.change(policy=Half(prompt=None))
+        assert composition.shared is not None
+
+
+def test_chats_keep_sharing_base_work_as_their_words_stay():
+    pipe = tiny.PIPELINES["qwen-image"](0)
+    adapters = [tiny.random_adapter(pipe, name, seed=n) for n, name in enumerate("ab")]
+    with Composition(pipe, adapters, Half(prompt="two red dogs"), "torch", shared="exact") as composition:
+        assert composition.shared is not None
+
+
+def test_each_picture_of_one_composition_has_its_own_words():
+    pipe = tiny.flux(0)
+    adapters = [tiny.random_adapter(pipe, "a")]
+    area = Area(box=(0, 0, 0.5, 1), words="dog")
+    policy = Regions(weights={"a": 1.0}, regions={"a": area}, mode="cheap")
+    with Composition(pipe, adapters, policy, "torch") as composition:
+        latents(pipe, "flux", prompt="a dog")
+        second = latents(pipe, "flux", prompt="two very big red dog")
+        assert len(composition._texts._calls) == 1  # those of earlier pictures are let go
+    with composed(pipe, adapters, policy, "torch"):
+        assert torch.equal(latents(pipe, "flux", prompt="two very big red dog"), second)
+
+
+def test_a_picture_after_one_that_stopped_early_reads_its_branchs_words():
+    pipe = tiny.flux(0)
+    adapters = [tiny.random_adapter(pipe, "a")]
+    policy = Regions(weights={"a": 1.0}, regions={"a": LEFT}, layout=0.5, prompts=[{"a": "two red dogs"}])
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with composed(pipe, adapters, policy, "torch"):
+        wanted = latents(pipe, "flux", prompt="a cat")
+    with composed(pipe, adapters, policy, "torch"):
+        with pytest.raises(KeyboardInterrupt):
+            latents(pipe, "flux", prompt="a bird", callback_on_step_end=stop)
+        assert torch.equal(latents(pipe, "flux", prompt="a cat"), wanted)
