@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from compose.errors import RequestError, unknown
 from compose.pictures import box_of, read_picture
-from compose.plan import Area, Policy
+from compose.plan import Area, Context, Policy
 from compose.policies import POLICIES, Blocks, Schedule, make, window
 from compose.prompt import Pick
 from compose.request import Request
@@ -28,19 +29,31 @@ def check_policy(request: Request) -> None:
         )
 
 
-def policy_for(request: Request, picks: Mapping[str, Pick]) -> Policy:
+def readings_of(
+    request: Request, picks: Mapping[str, Pick], prompt: str, triggers: Mapping[str, str]
+) -> Mapping[str, str]:
+    """Adapter -> what the branch of its region reads in place of `prompt`; empty without regions."""
+    if not request.regions or not picks:
+        return {}
+    policy = make("regions", _weights(picks), **_options(request, picks))
+    prompts = policy.prepare(Context(prompts=[prompt], triggers=triggers)).prompts
+    return dict(prompts[0]) if prompts else {}
+
+
+def policy_for(
+    request: Request, picks: Mapping[str, Pick], readings: Mapping[str, str] | None = None
+) -> Policy:
     """The policy for adapters `picks` (adapter name -> how it was asked for), wrapped in its blocks and schedules.
+
+    `readings`: what regions read; where left out, the policy decides it by the prompt.
 
     Raises RequestError for names that are none of the adapters, and what the policies themselves refuse.
     """
     check_policy(request)
-    weights = {name: pick.weight for name, pick in picks.items()}
-    options = dict(request.options)
-    if request.regions:
-        options["regions"] = {
-            _adapter("region", name, picks): _area(name, place) for name, place in request.regions.items()
-        }
-    policy = make("regions" if request.regions else request.policy, weights, **options)
+    options = _options(request, picks)
+    if request.regions and readings is not None:
+        options["prompts"] = [readings]
+    policy = make("regions" if request.regions else request.policy, _weights(picks), **options)
     if request.blocks:
         factors = {_adapter("blocks", name, picks): factor for name, factor in request.blocks.items()}
         policy = Blocks(policy=policy, factors=factors)
@@ -50,6 +63,17 @@ def policy_for(request: Request, picks: Mapping[str, Pick]) -> Policy:
         if (pick.start, pick.stop) != (0, 1)
     }
     return Schedule(policy=policy, curves=curves) if curves else policy
+
+
+def _weights(picks: Mapping[str, Pick]) -> dict[str, float]:
+    return {name: pick.weight for name, pick in picks.items()}
+
+
+def _options(request: Request, picks: Mapping[str, Pick]) -> dict[str, Any]:
+    if not request.regions:
+        return dict(request.options)
+    areas = {_adapter("region", name, picks): _area(name, place) for name, place in request.regions.items()}
+    return {**request.options, "regions": areas}
 
 
 def _adapter(what: str, given: str, picks: Mapping[str, Pick]) -> str:

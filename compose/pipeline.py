@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline
 
 from compose import bases, loading
 from compose.adapter import Adapter
-from compose.arrange import check_policy, policy_for
+from compose.arrange import check_policy, policy_for, readings_of
 from compose.bases import Kind
 from compose.cache import FeatureCache
 from compose.digest import file_digest, weights_digest
@@ -282,6 +282,7 @@ class ComposePipeline:
         adapters = self._open(uses, filled.force)
         text, woven = weave(filled.text, [t for use in uses for t in use.triggers] if filled.triggers else [])
         applied = tuple(_applied(use, adapter, woven) for use, adapter in zip(uses, adapters, strict=True))
+        picks = {item.name: item.pick for item in applied}
         gates = self._gates(filled, adapters)
         record = Record(
             request=filled,
@@ -290,6 +291,7 @@ class ComposePipeline:
             base_sha256=self.sha256,
             sampler=type(self._loaded.scheduler).__name__,
             adapters=applied,
+            readings=readings_of(filled, picks, text, _triggers(applied, adapters)),
             inputs={what: picture.sha256 for what, picture in pictures.items()}
             | ({"gate": gates.sha256} if gates else {}),
             place=self._place(),
@@ -308,7 +310,9 @@ class ComposePipeline:
             record=record,
             mode=bases.mode_of(self.kind, record.request),
             adapters=adapters,
-            policy=policy_for(record.request, {item.name: item.pick for item in record.adapters})
+            policy=policy_for(
+                record.request, {item.name: item.pick for item in record.adapters}, record.readings
+            )
             if adapters
             else None,
             pictures=sized(pictures, record.request),
@@ -478,7 +482,7 @@ class ComposePipeline:
         items = order.record.adapters
         context = Context(
             prompts=[order.record.prompt],
-            triggers=_triggers(order),
+            triggers=_triggers(order.record.adapters, order.adapters),
             encode=functools.partial(_embed, self._loaded),
             profiles={item.name: Profile.from_text(item.profile) for item in items if item.profile},
             course=self._course(order),
@@ -495,7 +499,10 @@ class ComposePipeline:
         light = order.gates.light if order.gates else None
         if light is None:
             return None
-        said, names = _triggers(order), [adapter.name for adapter in order.adapters]
+        said, names = (
+            _triggers(order.record.adapters, order.adapters),
+            [adapter.name for adapter in order.adapters],
+        )
         triggers = embed(self._loaded, [said.get(name, name) for name in names])
         sizes = sizes_of(order.adapters, light.shape.sites)
         return lambda prompt, stretches: light.course(
@@ -661,9 +668,9 @@ def _applied(use: Use, adapter: Adapter, woven: Sequence[str]) -> Applied:
     )
 
 
-def _triggers(order: Order) -> dict[str, str]:
+def _triggers(items: Sequence[Applied], adapters: Sequence[Adapter]) -> dict[str, str]:
     """adapter -> the words that call it, also where the prompt said them already; adapters without any are left out."""
-    pairs = zip(order.record.adapters, order.adapters, strict=True)
+    pairs = zip(items, adapters, strict=True)
     found = {
         item.name: item.trigger or adapter.metadata.get("compose.trigger", "") for item, adapter in pairs
     }

@@ -59,7 +59,8 @@ class Applied:
 class Record:
     """All that decides the pixels of picture `index` of `request`, which has every default filled in.
 
-    `prompt` is what the text encoders read: tags taken out, triggers woven in. `inputs` maps image, mask and gate to the
+    `prompt` is what the text encoders read: tags taken out, triggers woven in; `readings` what the branches of regions
+    read in its place, by adapter. `inputs` maps image, mask and gate to the
     SHA-256 of their bytes. `backend` is the one that moved the weights, where adapters were used. `place` is device, dtype and offload mode.
     """
 
@@ -70,6 +71,7 @@ class Record:
     sampler: str
     backend: str = ""
     adapters: tuple[Applied, ...] = ()
+    readings: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     place: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

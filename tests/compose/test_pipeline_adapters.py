@@ -18,7 +18,7 @@ from compose.engine import composed
 from compose.errors import ComposeError
 from compose.formats import load, save
 from compose.policies import Merge
-from compose.record import read_png
+from compose.record import Record, read_png
 from compose.retrieval import select as selecting
 from compose.retrieval.library import Library
 from compose.retrieval.select import Choice
@@ -335,3 +335,27 @@ def test_offload_follows_from_one_mode_to_another(pipe, library):
     for fields in ({}, {"image": start, "strength": 0.5}, {"image": start}, {"loras": "ink"}, {}):
         expected = pipe("a dog", library=library, **SMALL, **fields)
         assert same(moved("a dog", library=library, **SMALL, **fields).images[0], expected.images[0])
+
+
+def test_what_regions_read_is_recorded_and_read_again(pipe, library):
+    order = {"loras": ["ink", "oil"], "library": library, **SMALL}
+    areas = {"ink": "0,0,0.5,1", "oil": "0.5,0,1,1"}
+    drawn = pipe("a dog, ink style, oil style", regions=areas, **order)
+    readings = {"ink": "a dog, ink style on the left", "oil": "a dog, oil style on the right"}
+    assert drawn.record.readings == readings
+    assert same(pipe.redo(drawn.record, library=library).images[0], drawn.images[0])
+    other = dataclasses.replace(drawn.record, readings={"ink": "a cat"})
+    own = pipe("a dog, ink style, oil style", regions=areas, options={"prompts": [{"ink": "a cat"}]}, **order)
+    assert own.record.readings == {"ink": "a cat"}
+    assert same(pipe.redo(other, library=library).images[0], own.images[0])
+    assert not same(own.images[0], drawn.images[0])
+
+
+def test_a_record_from_before_regions_read_their_parts_is_redone_with_the_whole_prompt(pipe, library):
+    order = {"loras": ["ink"], "library": library, "regions": {"ink": "0,0,0.5,1"}, **SMALL}
+    drawn = pipe("a dog, ink style", **order)
+    data = drawn.record.to_json()
+    del data["readings"]
+    whole = pipe("a dog, ink style", options={"layout": 1.0}, **order)
+    redone = pipe.redo(Record.from_json(data), library=library)
+    assert same(redone.images[0], whole.images[0]) and not same(redone.images[0], drawn.images[0])
