@@ -97,7 +97,15 @@ def test_pairs_are_the_same_each_time_and_name_both_triggers():
     assert len({case.seed for pair in pairs for case in pair.cases}) == 12
     for pair in pairs:
         assert all(case.concepts == (pair.left, pair.right) for case in pair.cases)
-        assert f"a {pair.left} on the left and a {pair.right} on the right" in pair.cases[0].prompt
+        for case in pair.cases:
+            assert case.prompt.startswith(
+                (
+                    f"a {pair.left} on the left and a {pair.right} on the right",
+                    f"a {pair.left} and a {pair.right},",
+                )
+            )
+    prompts = [case.prompt for pair in bleeding.plan_pairs(adapters, 4, 40) for case in pair.cases]
+    assert 10 < sum(" on the left " in prompt for prompt in prompts) < 30
 
 
 def test_regions_bind_each_concept_to_its_half():
@@ -121,15 +129,15 @@ def studio(monkeypatch):
     ]
 
     def judged(cases, drawn, among):
-        assert drawn.shape[0] == len(cases) and among == ["fox", "ghost", "owl"]
-        return [answer(case, case.row == "regions" or n % 2 == 0) for n, case in enumerate(cases)]
+        assert drawn.shape[0] == len(cases) <= 3 and among == ["fox", "ghost", "owl"]
+        return [answer(case, case.row == "regions" or case.seed % 2 == 0) for case in cases]
 
     def draw(cases):
         small = tiny.CALL["flux"] | {"output_type": "pt"}
         return pipe([case.prompt for case in cases], **small).images
 
     fake = SimpleNamespace(
-        pipe=pipe, draw=draw, judged=judged, adapters={"concept": dict(zip(names, adapters, strict=True))},
+        pipe=pipe, draw=draw, judged=judged, batch=3, adapters={"concept": dict(zip(names, adapters, strict=True))},
         pictures=SimpleNamespace(concepts={name: SimpleNamespace(part="zoo") for name in (*names, "owl")}),
     )  # fmt: skip
     monkeypatch.setattr(bleeding, "Studio", lambda *_: fake)
