@@ -14,6 +14,7 @@ from compose.formats import load, save
 from compose.pipeline import ComposePipeline
 from compose.retrieval import index
 from compose.retrieval.library import Library
+from compose.sites import sites_of
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +190,8 @@ def test_an_adapter_of_other_weights_is_refused_with_both_hashes(ink, tmp_path, 
 
 
 def test_the_library_takes_sparse_adapters_like_any(ink, tmp_path, capsys, monkeypatch):
+    sites = {name: site.shape for name, site in sites_of(tiny.flux(0)).items()}
+    monkeypatch.setattr("compose.app.library.bundled_sites", lambda: sites)
     (tmp_path / "clip").mkdir()
     monkeypatch.setattr(index, "bundled", lambda: WordEncoder(tmp_path / "clip"))
     monkeypatch.setattr("compose.retrieval.library.Library.starter", ())
