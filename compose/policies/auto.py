@@ -16,13 +16,16 @@ from compose.policies.switch import Switch
 PREFERENCE = ("switch", "composite", "cached", "merge")
 """Best first, as people rated composition and quality in Multi-LoRA Composition (arXiv 2402.16843): switch 3.91 and
 4.15 of 5, composite 3.78 and 4.35, merge 3.14 and 2.94; cached stands in for composite where that is too slow."""
+MERGED = 2
+"""So many are merged: of a concept and a background of the starter library both are right in 66 % of 64 pictures, with
+switch in 6 %, since a background needs the early steps."""
 TURNS = 2  # switch needs this many turns per adapter: with fewer, some write only noise or only detail
 REUSED = 0.12  # time of a pass that reuses features, in passes: the first tenth of the blocks, and both ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Auto(Policy):
-    """The first of `PREFERENCE` that fits the steps and the budget; with one adapter, or none, `merge`.
+    """The first of `PREFERENCE` that fits the steps and the budget; with two adapters or fewer `merge`.
 
     `budget`: how much longer than the base alone a picture may take, as a factor (None: any). A time budget in the
     context together with `base_seconds`, what the base alone needs for the picture, is turned into one. `merge` always
@@ -55,6 +58,8 @@ class Auto(Policy):
         n = len(self.weights)
         if n < 2:
             return "merge", "one adapter needs no composing"
+        if n == MERGED:
+            return "merge", "two adapters act together in every step"
         for name in PREFERENCE:
             if name == "switch" and steps < TURNS * n:
                 continue

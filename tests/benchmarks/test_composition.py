@@ -346,7 +346,7 @@ def test_a_run_draws_judges_and_reports(testbed, tmp_path):
     assert (bed.work / "sheets" / "cached.png").exists()
     assert "| cached | all |" in (bed.work / "table.md").read_text()
     chosen = {v.chose for v in bed.book.verdicts.values() if v.variant == "auto"}
-    assert chosen <= {"switch", "composite"}
+    assert chosen <= {"merge", "switch", "composite"}
     assert chosen
     profiles = json.loads((bed.work / "profiles.json").read_text())
     assert all(text.startswith("[[") for text in profiles.values())

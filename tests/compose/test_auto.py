@@ -68,3 +68,8 @@ def test_costs_are_in_passes():
 def test_a_budget_that_is_none_is_refused(options):
     with pytest.raises(RequestError, match="above 0"):
         make("auto", FOUR, **options)
+
+
+def test_two_adapters_are_merged_and_three_take_turns():
+    two, three = (Auto(weights=dict.fromkeys(names, 1.0)) for names in ("ab", "abc"))
+    assert [two.choice(20)[0], three.choice(20)[0]] == ["merge", "switch"]
