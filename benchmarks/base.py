@@ -1,13 +1,14 @@
 """What the bundled base, its adapters and its retrieval can do: python -m benchmarks.base [--rows id,...] [--quick].
 
 Pictures are drawn with fixed seeds, judged by benchmarks.judge over all base concepts, and every verdict is kept in
-results/base_verdicts.jsonl beside the CSV.
+results/base_verdicts.jsonl.xz beside the CSV.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import random
 import resource
 import subprocess
@@ -44,7 +45,7 @@ from compose.training.data.concepts import BASE_STYLES, COLOR_NAMES, PATTERNS
 from compose.training.data.pictures import STYLE
 from compose.training.data.scenes import DARK, DARK_INK, Composer, Pictures, Sampler, Scene
 
-VERDICTS = RESULTS / "base_verdicts.jsonl"
+VERDICTS = RESULTS / "base_verdicts.jsonl.xz"
 KIND = KINDS[BUNDLED]
 COUNT, QUICK = 1000, 24
 BATCH = 250
@@ -670,15 +671,18 @@ MEASURES: dict[str, tuple[Callable[[Studio, Report, int], None], tuple[str, ...]
 }
 
 
+def kept(path: Path = VERDICTS) -> list[dict[str, Any]]:
+    """The verdicts in a file, one per picture; none where there is no file yet."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in lzma.decompress(path.read_bytes()).decode().splitlines()]
+
+
 def keep(answers: Sequence[Answer], path: Path = VERDICTS) -> None:
     """Replace the verdicts of the rows just drawn, keep the others."""
     fresh = {a.row for a in answers}
-    old = (
-        [line for line in path.read_text().splitlines() if json.loads(line)["row"] not in fresh]
-        if path.exists()
-        else []
-    )
-    write_atomic(path, ("\n".join([*old, *(json.dumps(asdict(a)) for a in answers)]) + "\n").encode())
+    lines = [line for line in kept(path) if line["row"] not in fresh] + [asdict(a) for a in answers]
+    write_atomic(path, lzma.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

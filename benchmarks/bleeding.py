@@ -49,7 +49,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Row]:
     merged = {weight: draw_all(studio, pairs, f"merge@{weight:g}", weight) for weight in WEIGHTS}
     bound = draw_all(studio, pairs, "regions", None)
     if not quick:
-        keep([*itertools.chain(*merged.values()), *bound], RESULTS / "engine_verdicts.jsonl")
+        keep([*itertools.chain(*merged.values()), *bound], RESULTS / "engine_verdicts.jsonl.xz")
     best = max(merged.values(), key=right)
     yield share("regions_both_right", bound, 50, device)
     yield share("merge_both_right", best, None, device)

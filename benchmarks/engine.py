@@ -1,7 +1,7 @@
 """What the composition engine costs and how exact it is: python -m benchmarks.engine [--rows id,...] [--quick].
 
 Rivals (peft, a dense SVD, plain merging) are measured in the same run. The rows about regions draw with the bundled base
-and are judged by benchmarks.judge; their verdicts are kept in results/engine_verdicts.jsonl.
+and are judged by benchmarks.judge; their verdicts are kept in results/engine_verdicts.jsonl.xz.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Row]:
                 f"fused{size}_drop_{kind}", drops[kind][-1], share * len(sets) * size, place, None, "min"
             )
     if not quick:
-        keep(answers, RESULTS / "shira_verdicts.jsonl")
+        keep(answers, RESULTS / "shira_verdicts.jsonl.xz")
     lora = mean(drops["lora"])
     ratio = mean(drops["shira"]) / lora if lora > 0 else float("nan")  # no drop to halve: the row is not met
     yield Row(

@@ -43,7 +43,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", default=BUNDLED)
-    parser.add_argument("--out", type=Path, default=PICTURES / "grid.png")
+    parser.add_argument("--out", type=Path, default=PICTURES / "grid.webp")
     args = parser.parse_args()
     pipe = ComposePipeline.from_pretrained(args.base)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def main() -> None:
             for *things, seed in ROWS
         ]
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(files, COLUMNS, [row[0] for row in ROWS]).save(args.out, optimize=True)
+        draw_grid(files, COLUMNS, [row[0] for row in ROWS]).save(args.out, quality=90)
     print(args.out)
 
 

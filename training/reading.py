@@ -137,12 +137,11 @@ def phrases_in(path: Path, count: int, seed: int) -> list[str]:
 
 def train(settings: ReadSettings, archive: Path, phrases: Path, tokenizer_folder: Path, out: Path) -> None:
     """Read `out/clip.safetensors` and write it anew with another text tower, the old one kept as
-    `out/clip_unread.safetensors`; resumes from `out/read.checkpoint`."""
+    `out/clip_unread.safetensors`; resumes from `out/read.checkpoint`, which goes at the end."""
     world = loop.join()
     torch.manual_seed(settings.seed)
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
-    unread, checkpoint = out / "clip_unread.safetensors", out / "read.checkpoint"
-    state = load_file(unread if unread.exists() else out / "clip.safetensors")
+    checkpoint, state = out / "read.checkpoint", load_file(out / "clip.safetensors")
     model = clip.create(out, tokenizer).to(world.device)
     clip.restore(model, state)
     lessons = _lessons(settings, School(model, tokenizer, world.device), archive, phrases, world)
@@ -162,9 +161,10 @@ def train(settings: ReadSettings, archive: Path, phrases: Path, tokenizer_folder
     _learn(settings, world, tower, lessons, optimizer, schedule, average, keep)
     average.swap()
     if world.first:
-        save_file(state, unread)
+        save_file(state, out / "clip_unread.safetensors")
         learned = {k: v.detach().half().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(state | learned, out / "clip.safetensors")
+        checkpoint.unlink(missing_ok=True)
     loop.leave()
 
 

@@ -9,10 +9,8 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
-import small_server
 import tiny
 
-import compose.digest as digest
 from compose.app import cli, serve, ui
 from compose.app.ui import board, compare, create, info, shelf
 from compose.errors import ComposeError, RequestError
@@ -22,15 +20,6 @@ FORM = {
     "prompt": "a dog", "negative": "", "auto": False, "k": 3, "base": "tiny", "policy": "merge", "backend": "auto",
     "steps": "2", "guidance": "", "size": "32x32", "seed": "5", "count": 1, "strength": 0,
 }  # fmt: skip
-
-
-@pytest.fixture
-def workshop(tmp_path, monkeypatch):
-    monkeypatch.setattr(digest, "CACHE", tmp_path / "digests.json")
-    small_server.encoder(tmp_path, monkeypatch)
-    made = small_server.workshop(tmp_path)
-    yield made
-    made.close()
 
 
 def values(picks=(), start=None, mask=None, **form):

@@ -4,24 +4,13 @@ import time
 from pathlib import Path
 
 import pytest
-import small_server
 import tiny
 
-import compose.digest as digest
 from compose.app.server import restoring, uploads
 from compose.app.ui import trainer
 from compose.errors import TrainingError
 
 QUICK = "import sys, compose.training.defects as defects; defects.STEPS = 2; from compose.app.cli import main; sys.exit(main())"
-
-
-@pytest.fixture
-def workshop(tmp_path, monkeypatch):
-    monkeypatch.setattr(digest, "CACHE", tmp_path / "digests.json")
-    small_server.encoder(tmp_path, monkeypatch)
-    made = small_server.workshop(tmp_path)
-    yield made
-    made.close()
 
 
 def test_a_training_run_is_watched_and_lands_in_the_library(workshop, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +30,7 @@ def case(line: dict) -> bench.Case:
 
 
 def test_twenty_verdicts_hold():
-    lines = [json.loads(line) for line in bench.VERDICTS.read_text().splitlines()]
-    drawable = [line for line in lines if line["row"] not in ("edit",)]  # an edit's source is not kept
+    drawable = [line for line in bench.kept() if line["row"] not in ("edit",)]  # an edit's source is not kept
     chosen = random.Random(20).sample(drawable, COUNT)
     studio = bench.Studio(Path(), BASE, CLIP, ADAPTERS, torch.device("cpu"))
     slugs = bench.base_concepts(SimpleNamespace(concepts=load_concepts()))
