@@ -565,8 +565,11 @@ def test_controlnet_on_a_unet_is_reused_and_on_a_transformer_runs_whole():
 
 def test_auto_runs_with_a_cache(built):
     pipe, adapters = built("flux")
+    adapters = [*adapters, tiny.random_adapter(pipe, "c", seed=2)]
+    auto = Auto(weights={**WEIGHTS, "c": 0.6}, budget=2.2)
+    assert auto.choice(3)[0] == "cached"
     cache = FeatureCache()
-    drawn(pipe, adapters, Auto(weights=WEIGHTS, budget=1.8), cache=cache, num_inference_steps=3)
+    drawn(pipe, adapters, auto, cache=cache, num_inference_steps=3)
     assert cache.counts.reused > 0
 
 
