@@ -11,7 +11,7 @@ does not adapt is all zeros; their gradients are zero too, so they stay.
 Costs on the bundled base (13 M parameters, 64 picture and 40 text tokens): 3.7 GFLOP per picture forward and back (no
 gradients of the base), so 2,165 jobs x 300 steps x 8 pictures are 1.9e16 FLOP, 5 minutes at 65 TFLOP/s. A pass of 192
 jobs x 8 pictures holds about 16 MB of activations per picture, 25 GB, and at rank 8 on all layers 4 x 330 MB of weights,
-gradients and moments.
+gradients and moments. A step of a full pass takes longer to compute than to launch, so there is no CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import argparse
 import hashlib
 import json
 import math
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,8 @@ INIT_RANK = 64  # starts are drawn at this rank and cut, so that a rank does not
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZooSettings:
     """`pictures` per job and step, of `scenes` drawn for each job; `together` jobs in one pass; `asked` pictures are
-    drawn with each finished adapter, in `draw_steps`, and `right` is the share that must show its subject."""
+    drawn with each finished adapter, in `draw_steps`, and `right` is the share that must show its subject. No pass is
+    begun that would not end within `seconds`, judging by the shortest before it (others may have compiled)."""
 
     steps: int = 300
     pictures: int = 8
@@ -70,6 +73,7 @@ class ZooSettings:
     guidance: float = 3.5
     right: float = 0.5
     every: int = 100
+    seconds: float = math.inf
 
 
 # The stack inside the base
@@ -230,7 +234,7 @@ class Batch:
     words: Words
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Lessons:
     """Every job's pictures as tokens (jobs, scenes, tokens, channels) and captions, (jobs * scenes) and an empty one;
     `seeds` by job."""
@@ -243,10 +247,8 @@ class Lessons:
     def draw(self, step: int, settings: ZooSettings) -> Batch:
         """The batch of one step: jobs of one seed get the same picks, times and noise, whoever else is there."""
         jobs, scenes = self.tokens.shape[:2]
-        known = sorted(set(self.seeds))
-        streams = [self._stream(seed, step, settings) for seed in known]
-        turn = torch.tensor([known.index(seed) for seed in self.seeds], device=self.tokens.device)
-        pick, blank, time_, noise = (torch.stack(parts)[turn] for parts in zip(*streams, strict=True))
+        streams = [self._stream(seed, step, settings) for seed in sorted(set(self.seeds))]
+        pick, blank, time_, noise = (torch.stack(parts)[self._turn] for parts in zip(*streams, strict=True))
         rows = (torch.arange(jobs, device=pick.device)[:, None] * scenes + pick).flatten()
         clean = self.tokens.flatten(0, 1)[rows].float()
         noise, time_ = noise.flatten(0, 1), time_.flatten()
@@ -257,6 +259,12 @@ class Lessons:
             velocity=noise - clean,
             words=self._said(rows, blank.flatten()),
         )
+
+    @cached_property
+    def _turn(self) -> Tensor:
+        """Each job's place among the sorted seeds, sent to the device once: a copy would wait for the step before."""
+        known = sorted(set(self.seeds))
+        return torch.tensor([known.index(seed) for seed in self.seeds], device=self.tokens.device)
 
     def _stream(self, seed: int, step: int, settings: ZooSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         device, count = self.tokens.device, settings.pictures
@@ -355,11 +363,13 @@ class Denoiser:
 
     @torch.no_grad()
     def draw(self, words: Words, noise: Tensor, steps: int, guidance: float) -> Tensor:
-        """Euler's method from noise to picture tokens, at times spaced evenly."""
+        """Euler's method from noise to picture tokens, at times spaced evenly. Eagerly: compiling for these few calls
+        takes longer than they do."""
         tokens = noise
-        for now, then in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
-            at = torch.full((len(tokens),), now, device=self.device)
-            tokens = tokens + (then - now) * self(tokens, at, words, guidance)
+        with torch.compiler.set_stance("force_eager"):
+            for now, then in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
+                at = torch.full((len(tokens),), now, device=self.device)
+                tokens = tokens + (then - now) * self(tokens, at, words, guidance)
         return tokens
 
 
@@ -504,13 +514,25 @@ def adapter_of(shard: Shard, place: int) -> Adapter:
 # The whole zoo
 
 
+PARTS = (
+    "test",
+    "seen",
+    "train",
+)  # in the order in which they are trained, so that a cut zoo can still be asked
+
+
 def passes(jobs: Sequence[Job], together: int) -> list[list[Job]]:
-    """Jobs sorted by targets and rank, in passes of `together`, so that little is padded."""
-    ordered = sorted(jobs, key=lambda job: (job.targets, job.rank, job.name))
+    """Passes of at most `together` jobs of one target set, as even as can be, so that little is padded. Training adapters
+    are shuffled: a zoo that was cut short lacks some of every kind."""
+    ordered = sorted(jobs, key=lambda job: job.name)
+    random.Random(0).shuffle(ordered)
+    ordered.sort(key=lambda job: (job.targets, PARTS.index(job.part)))
     found = []
     for targets in dict.fromkeys(job.targets for job in ordered):
         mine = [job for job in ordered if job.targets == targets]
-        found += [mine[i : i + together] for i in range(0, len(mine), together)]
+        count = math.ceil(len(mine) / together)
+        ends = [len(mine) * n // count for n in range(count + 1)]
+        found += [mine[start:end] for start, end in pairwise(ends)]
     return found
 
 
@@ -530,37 +552,69 @@ def build(
     denoiser = Denoiser(model, SIDE // easel.pipe.vae_scale_factor)
     rank = max((job.rank for job in jobs), default=1)
     stack: Stack | None = None
-    done, began = 0, time.monotonic()
-    for number, mine in enumerate(passes(jobs, settings.together)):
-        mark = out / f"{stem}-{number:03d}.json"
+    all_passes = passes(jobs, settings.together)
+    marks = [out / f"{stem}-{number:03d}.json" for number in range(len(all_passes))]
+    began, spent = time.monotonic(), list[float]()
+    for number, (mine, mark) in enumerate(zip(all_passes, marks, strict=True)):
         if mark.exists():
             continue
-        padded = mine + [mine[-1]] * (settings.together - len(mine)) if compiled else mine
+        if (start := time.monotonic()) - began + min(spent, default=0) > settings.seconds:
+            break
+        padded = _padded(mine, all_passes) if compiled else mine
         stack = _stack_for(stack, model, padded, rank, compiled)
-        lessons = easel.lessons(padded, settings.scenes)
-        losses = train(stack, denoiser, padded, lessons, settings)
-        shares = (
-            examine(denoiser, easel, padded, settings, verdict).tolist() if verdict else [None] * len(padded)
-        )
-        write_shards(out, f"{stem}-{number:03d}", mine, shares, stack)
-        done += len(mine)
-        report = {
-            "adapters": len(mine),
-            "loss": losses[: len(mine)].mean().item(),
-            "shares": shares[: len(mine)],
-        }
-        write_atomic(mark, json.dumps(report | {"seconds": time.monotonic() - began}).encode())
-        print(
-            f"zoo pass {number}: {done} adapters in {time.monotonic() - began:.0f} s, {_passed(shares, settings)}",
-            flush=True,
-        )
+        report = _pass(easel, denoiser, stack, padded, len(mine), settings, verdict, out, mark.stem)
+        spent.append(time.monotonic() - start)
+        write_atomic(mark, json.dumps(report).encode())
+        print(f"zoo pass {number} {_told(report, settings)}, {time.monotonic() - began:.0f} s", flush=True)
+    left = sum(not mark.exists() for mark in marks)
+    print(
+        f"zoo: {len(marks) - left} of {len(marks)} passes written{'; run again for the rest' * bool(left)}",
+        flush=True,
+    )
     if stack is not None:
         stack.detach()
 
 
-def _passed(shares: Sequence[float | None], settings: ZooSettings) -> str:
-    judged = [share for share in shares if share is not None]
-    return f"{sum(share >= settings.right for share in judged)} of {len(judged)} judged right"
+def _padded(mine: list[Job], all_passes: Sequence[Sequence[Job]]) -> list[Job]:
+    """A pass filled up to the largest of its target set with its last job again, so that one compiled graph serves all."""
+    most = max(len(each) for each in all_passes if each[0].targets == mine[0].targets)
+    return mine + [mine[-1]] * (most - len(mine))
+
+
+def _pass(
+    easel: Easel,
+    denoiser: Denoiser,
+    stack: Stack,
+    jobs: Sequence[Job],
+    count: int,
+    settings: ZooSettings,
+    verdict: Verdict | None,
+    out: Path,
+    stem: str,
+) -> dict[str, Any]:
+    """Train, examine and write one pass, of which the first `count` jobs are wanted; returns what is told of it."""
+    began = time.monotonic()
+    lessons = easel.lessons(jobs, settings.scenes)
+    prepared = time.monotonic()
+    losses = train(stack, denoiser, jobs, lessons, settings)[:count].tolist()  # waits for the device
+    trained = time.monotonic()
+    shares = examine(denoiser, easel, jobs, settings, verdict).tolist() if verdict else [None] * len(jobs)
+    write_shards(out, stem, jobs[:count], shares[:count], stack)
+    return {
+        "adapters": count,
+        "loss": sum(losses) / count,
+        "shares": shares[:count],
+        "prepare": prepared - began,
+        "train": trained - prepared,
+        "examine": time.monotonic() - trained,
+    }
+
+
+def _told(report: dict[str, Any], settings: ZooSettings) -> str:
+    judged = [share for share in report["shares"] if share is not None]
+    right = sum(share >= settings.right for share in judged)
+    spent = ", ".join(f"{name} {report[name]:.1f} s" for name in ("prepare", "train", "examine"))
+    return f"{report['adapters']} adapters, loss {report['loss']:.4f}, {right} of {len(judged)} judged right, {spent}"
 
 
 def _stack_for(
@@ -603,6 +657,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("steps", "pictures", "scenes", "together", "asked", "draw-steps", "every"):
         parser.add_argument(f"--{name}", type=int, metavar="N")
+    parser.add_argument(
+        "--seconds", type=float, help="begin no pass that would end later; run again for the rest"
+    )
 
 
 def settings_of(args: argparse.Namespace) -> ZooSettings:

@@ -316,6 +316,48 @@ def test_a_zoo_is_trained_examined_and_resumed(archive, tmp_path, monkeypatch):
     zoo.build(easel, jobs, tmp_path, settings, verdict=verdict)
 
 
+def test_a_zoo_stops_in_time_and_goes_on(archive, tmp_path, monkeypatch, capsys):
+    pictures = Pictures(archive)
+    easel = zoo.Easel(tiny.flux(), pictures, Composer(pictures, "cpu"))
+    jobs = zoo.fewer(have(pictures), 1)
+    settings = zoo.ZooSettings(steps=1, pictures=1, scenes=2, together=2)
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr(zoo.time, "monotonic", lambda: next(clock))
+    zoo.build(easel, jobs, tmp_path, replace(settings, seconds=1))
+    assert len(list(tmp_path.glob("zoo-*.json"))) == 0 and "run again for the rest" in capsys.readouterr().out
+    zoo.build(easel, jobs, tmp_path, replace(settings, seconds=100))
+    some = len(list(tmp_path.glob("zoo-*.json")))
+    assert 0 < some < len(zoo.passes(jobs, 2))
+    zoo.build(easel, jobs, tmp_path, settings)
+    kept = [each for shard in zoo.read_shards(tmp_path) for each in shard.jobs]
+    assert sorted(kept, key=str) == sorted(jobs, key=str)
+
+
+def test_passes_are_even_and_test_adapters_come_first():
+    jobs = plan(concepts.load_concepts())
+    found = zoo.passes(jobs, 192)
+    assert sorted((each for part in found for each in part), key=str) == sorted(jobs, key=str)
+    for targets in ("all", "attention"):
+        mine = [part for part in found if part[0].targets == targets]
+        assert all(each.targets == targets for part in mine for each in part)
+        assert max(map(len, mine)) - min(map(len, mine)) <= 1 and max(map(len, mine)) <= 192
+        order = [zoo.PARTS.index(each.part) for part in mine for each in part]
+        assert order == sorted(order)
+    assert len({each.subject.role for each in found[-1]}) == 3  # a cut zoo lacks some of every kind
+
+
+def test_a_compiled_base_draws_without_compiling(model):
+    model.compile_repeated_blocks(dynamic=False, backend="aot_eager")
+    graphs = counters["stats"]["unique_graphs"]
+    words = zoo.Words(rows=torch.zeros(2, TEXT, 32), pooled=torch.zeros(2, 16))
+    assert zoo.Denoiser(model, 8).draw(words, torch.zeros(2, TOKENS, CHANNELS), 2, 1.0).shape == (
+        2,
+        TOKENS,
+        CHANNELS,
+    )
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 def test_a_part_that_cannot_be_is_refused(tmp_path):
     parser = ArgumentParser()
     zoo.add_arguments(parser)
