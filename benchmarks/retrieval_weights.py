@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from compose.training.data import ARCHIVE
 from compose.training.data.concepts import load_concepts
 from compose.training.data.scenes import Composer, Pictures
 from compose.training.encoder import Chunk, Config, Shelf, Targets
-from compose.training.zoo import Shard, ZooSettings, adapter_of, read_shards
+from compose.training.zoo import SHARD, Shard, ZooSettings, adapter_of, read_shards, write_shard
 from compose.training.zoo_plan import Job, Subject, Writer, captions_of
 
 IDS = (
@@ -43,6 +44,7 @@ IDS = (
 )  # fmt: skip
 SEEDS = 3
 CAPTIONS, ASKED, PORTRAITS = 24, 8, 16  # per subject: to learn from, to ask with, pictures
+TOGETHER = 800  # pictures drawn and looked at in one go
 PARTS = 5  # of the subgroups, each left out once
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 
@@ -61,7 +63,7 @@ class World:
 
     def __init__(self, zoo: Path, archive: Path, clip: Clip, device: torch.device, config: Config):
         self.clip, self.device, self.config = clip, device, config
-        self.shards = [_on(shard, device) for shard in read_shards(zoo)]
+        self.shards = [_on(shard, device) for shard in joined(read_shards(zoo))]
         least = ZooSettings().right
         self.entries = [
             Entry(job=job, part=job.part, right=share is None or share >= least)
@@ -126,7 +128,7 @@ class World:
         subject = torch.tensor([number[entry.job.subject] for entry in self.entries] * 2, device=self.device)
         said = self.said(self.subjects, CAPTIONS, seed=0)
         looks = dict.fromkeys((entry.job.subject, entry.job.styles) for entry in self.entries)
-        seen = torch.stack([self._look(*key) for key in looks])
+        seen = self._looks(list(looks))
         turn = {key: n for n, key in enumerate(looks)}
         picked = [turn[entry.job.subject, entry.job.styles] for entry in self.entries] * 2
         print(f"targets in {time.monotonic() - began:.0f} s", flush=True)
@@ -139,9 +141,14 @@ class World:
         ]
         return torch.from_numpy(self.clip.text(words)).to(self.device).unflatten(0, (len(subjects), count))
 
-    def _look(self, subject: Subject, styles: tuple[str, ...]) -> Tensor:
-        scenes = self.writer.portraits(subject, styles, PORTRAITS)
-        return self.clip.look(self.composer.draw(scenes, seed=1)).mean(0)
+    def _looks(self, wanted: Sequence[tuple[Subject, tuple[str, ...]]]) -> Tensor:
+        """Mean CLIP vectors of portraits of subjects in styles, (wanted, w)."""
+        scenes = [
+            scene for subject, styles in wanted for scene in self.writer.portraits(subject, styles, PORTRAITS)
+        ]
+        parts = range(0, len(scenes), TOGETHER)
+        rows = [self.clip.look(self.composer.draw(scenes[n : n + TOGETHER], seed=n)) for n in parts]
+        return torch.cat(rows).unflatten(0, (len(wanted), PORTRAITS)).mean(1)
 
     @cached_property
     def kernel(self) -> Tensor:
@@ -170,8 +177,7 @@ class World:
         values = torch.zeros(len(self.entries), len(sites), most, device=self.device)
         for chunk in self.chunks()():
             for site, (down, up) in chunk.factors.items():
-                core = torch.linalg.qr(up.float()).R @ torch.linalg.qr(down.float().mT).R.mT
-                found = torch.linalg.svdvals(core)
+                found = singular_values(down, up)
                 values[list(chunk.rows), sites.index(site), : found.shape[1]] = found.log1p()
         flat = values.flatten(1)
         flat = (flat - flat.mean(0)) / flat.std(0).clamp_min(1e-6)
@@ -180,6 +186,33 @@ class World:
 
 def _on(shard: Shard, device: torch.device) -> Shard:
     return replace(shard, factors={s: (a.to(device), b.to(device)) for s, (a, b) in shard.factors.items()})
+
+
+def joined(shards: Iterable[Shard]) -> list[Shard]:
+    """One shard per rank and set of layers, so that all of its adapters are asked in one go."""
+    groups: dict[tuple, list[Shard]] = {}
+    for shard in shards:
+        rank = len(next(iter(shard.factors.values()))[0][0])
+        groups.setdefault((rank, *shard.factors), []).append(shard)
+    return [
+        Shard(
+            jobs=tuple(chain.from_iterable(shard.jobs for shard in some)),
+            shares=tuple(chain.from_iterable(shard.shares for shard in some)),
+            factors={
+                site: tuple(torch.cat([shard.factors[site][turn] for shard in some]) for turn in (0, 1))
+                for site in some[0].factors
+            },
+        )
+        for some in groups.values()
+    ]
+
+
+def singular_values(down: Tensor, up: Tensor) -> Tensor:
+    """Of up @ down, down (n, r, in) and up (n, out, r): (n, r) from the largest, by products of r x r alone."""
+    down, up = down.double(), up.double()
+    values, turn = torch.linalg.eigh(down @ down.mT)
+    root = turn * values.clamp_min(0).sqrt()[:, None]
+    return torch.linalg.eigvalsh(root.mT @ (up.mT @ up) @ root).clamp_min(0).sqrt().flip(1).float()
 
 
 # Rivals
@@ -394,6 +427,7 @@ def measure(world: World, seeds: int, save_to: Path | None = None) -> list[Row]:
     for seed in range(seeds):
         made = run(world, seed, found)
         if seed == 0 and save_to is not None:
+            save_to.parent.mkdir(parents=True, exist_ok=True)
             made.save(save_to, {"clip": world.clip.sha256})
             print(f"{save_to}: {save_to.stat().st_size / 2**20:.2f} MiB", flush=True)
     return rows_of(world, found)
@@ -404,8 +438,28 @@ def sample(world: World, folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     some = [(s, n) for s in world.shards for n, job in enumerate(s.jobs) if job.part == "test"][:count]
     for shard, place in some:
-        adapter = adapter_of(_on(shard, torch.device("cpu")), place)
+        adapter = adapter_of(_on(_picked(shard, [place]), torch.device("cpu")), 0)
         save(adapter, folder / f"{adapter.name}.safetensors")
+
+
+def keep_unseen(world: World, folder: Path) -> None:
+    """Write all test adapters as a zoo of their own, which benchmarks.retrieval_hybrid takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, shard in enumerate(world.shards):
+        mine = [n for n, job in enumerate(shard.jobs) if job.part == "test"]
+        each = sum(2 * (down[0].numel() + up[0].numel()) for down, up in shard.factors.values())
+        size = max(1, SHARD // each)
+        for start in range(0, len(mine), size):
+            path = folder / f"zoo-test-{number}-{start // size}.safetensors"
+            write_shard(path, _picked(shard, mine[start : start + size]))
+
+
+def _picked(shard: Shard, places: Sequence[int]) -> Shard:
+    return Shard(
+        jobs=tuple(shard.jobs[n] for n in places),
+        shares=tuple(shard.shares[n] for n in places),
+        factors={site: tuple(part[list(places)] for part in pair) for site, pair in shard.factors.items()},
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -420,6 +474,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--save", type=Path, help="write the first seed's encoder here")
     parser.add_argument("--sample", type=Path, metavar="FOLDER", help="write eight test adapters here")
+    parser.add_argument(
+        "--unseen", type=Path, metavar="FOLDER", help="write all test adapters there, as a zoo"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -428,6 +485,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.sample:
         sample(world, args.sample, 8)
+    if args.unseen:
+        keep_unseen(world, args.unseen)
     made = measure(world, 1 if args.quick else SEEDS, args.save)
     wanted = set(args.rows.split(",")) if args.rows else None
     for row in made:

@@ -458,15 +458,23 @@ def _write_shard(
     path: Path, slots: Sequence[int], jobs: Sequence[Job], shares: Sequence[float | None], stack: Stack
 ) -> None:
     all_factors = [stack.factors(slot, jobs[slot]) for slot in slots]
+    factors = {
+        site: tuple(torch.stack([each[site][turn] for each in all_factors]).half() for turn in (0, 1))
+        for site in all_factors[0]
+    }
+    picked = {"jobs": tuple(jobs[slot] for slot in slots), "shares": tuple(shares[slot] for slot in slots)}
+    write_shard(path, Shard(**picked, factors=factors))
+
+
+def write_shard(path: Path, shard: Shard) -> None:
+    """One file of a zoo, whole or not at all. Raises TrainingError where that cannot be."""
     tensors = {}
-    for site in all_factors[0]:
-        for turn, name in enumerate(("lora_A", "lora_B")):
-            tensors[f"{site}.{name}"] = (
-                torch.stack([f[site][turn] for f in all_factors]).half().cpu().contiguous()
-            )
-    header = {"jobs": json.dumps([asdict(jobs[slot]) | {"share": shares[slot]} for slot in slots])}
+    for site, factors in shard.factors.items():
+        for name, factor in zip(("lora_A", "lora_B"), factors, strict=True):
+            tensors[f"{site}.{name}"] = factor.cpu().contiguous()
+    told = [asdict(job) | {"share": share} for job, share in zip(shard.jobs, shard.shares, strict=True)]
     try:
-        write_atomic(path, save(tensors, header))
+        write_atomic(path, save(tensors, {"jobs": json.dumps(told)}))
     except OSError as error:
         raise TrainingError(f"cannot write '{path}': {error.strerror or error}") from error
 

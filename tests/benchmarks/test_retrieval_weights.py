@@ -7,8 +7,10 @@ import torch
 
 from benchmarks import retrieval
 from benchmarks.retrieval_encode import layers, measure
-from benchmarks.retrieval_weights import gap, hits, recall, rival
+from benchmarks.retrieval_weights import gap, hits, joined, keep_unseen, recall, rival, singular_values
 from compose.training.encoder import Config, Targets
+from compose.training.zoo import Shard, read_shards
+from compose.training.zoo_plan import Job, Subject
 
 
 def test_recall_counts_captions_whose_own_adapter_is_near_the_top():
@@ -34,6 +36,46 @@ def test_the_rival_finds_what_is_linear_in_the_kernel():
     found = rival(seen @ seen.T, targets, torch.arange(40), torch.arange(40, 60), seed=0)
     assert len(found) == 4
     assert all(recall(vectors, aim[40:, None], 1) > 90 for vectors in found.values())
+
+
+def shard(rank: int, *parts: str) -> Shard:
+    generator = torch.Generator().manual_seed(rank)
+    jobs = tuple(
+        Job(
+            name=f"{part}-{rank}-{n}", part=part, subject=Subject(role="concept", name=str(n)), trigger="sks",
+            styles=("noto",), rank=rank, targets="attention", rate=1e-3, init="uniform", seed=0,
+        )
+        for n, part in enumerate(parts)
+    )  # fmt: skip
+    pair = (
+        torch.randn(len(parts), rank, 6, generator=generator),
+        torch.randn(len(parts), 5, rank, generator=generator),
+    )
+    return Shard(jobs=jobs, shares=(0.5,) * len(parts), factors={"site": tuple(each.half() for each in pair)})
+
+
+def test_shards_of_one_rank_are_asked_together():
+    first, other, second = shard(2, "train", "test"), shard(4, "train"), shard(2, "seen")
+    both, alone = joined([first, other, second])
+    assert both.jobs == first.jobs + second.jobs and both.shares == first.shares + second.shares
+    assert torch.equal(both.factors["site"][1][2:], second.factors["site"][1])
+    assert alone.jobs == other.jobs
+
+
+def test_test_adapters_are_kept_as_a_zoo_of_their_own(tmp_path):
+    class World:
+        shards = (shard(2, "train", "test", "seen", "test"), shard(4, "train"))
+
+    keep_unseen(World, tmp_path)
+    (kept,) = read_shards(tmp_path)
+    assert [job.name for job in kept.jobs] == ["test-2-1", "test-2-3"] and kept.shares == (0.5, 0.5)
+    assert torch.equal(kept.factors["site"][0], World.shards[0].factors["site"][0][[1, 3]])
+
+
+def test_singular_values_come_from_small_products():
+    down, up = shard(3, "train", "test").factors["site"]
+    whole = torch.linalg.svdvals(up.float() @ down.float())[:, :3]
+    assert torch.allclose(singular_values(down, up), whole, rtol=1e-4)
 
 
 def test_only_the_parts_that_hold_a_row_are_run(monkeypatch, capsys):
