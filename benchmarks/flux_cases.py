@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compose.kernels import lora_mix, lora_pack
+from compose.kernels import lora_grow, lora_mix, lora_pack
 from compose.kernels.choice import Tile
 from compose.kernels.fold import Folder, FoldSite
 from compose.kernels.fold import naive as fold_naive
 from compose.kernels.lora_gate import VECTORS, form_of, lora_gate
 from compose.kernels.lora_gate import naive as gate_naive
+from compose.kernels.lora_grow import naive as grow_naive
 from compose.kernels.lora_mix import naive as mix_naive
 from compose.kernels.lora_pack import Packing, layout, product
 from compose.kernels.lora_pack import naive as pack_naive
@@ -68,6 +69,8 @@ class Cases:
             yield self.shrink(s.wide + s.width, rank)
             yield self.expand(s.width, rank)
             yield self.linear(s.wide + s.width, rank)
+            yield self.grown(s.wide + s.width, s.tokens, rank)
+            yield self.grown(s.wide, s.tokens - s.text, rank)
         for out in (s.width, s.wide):
             yield self.base(s.width, out)
         yield self.base(s.wide + s.width, s.width)
@@ -184,6 +187,21 @@ class Cases:
             wanted=lambda: F.linear(x.float(), weight.float(), bias.float()) + hidden.float() @ up.float().T,
             bytes=x.nbytes + weight.nbytes + hidden.nbytes + up.nbytes + x[..., 0].numel() * out * x.itemsize,
             operations=2 * x[..., 0].numel() * out * (inputs + rank),
+        )  # fmt: skip
+
+    def grown(self, inputs: int, tokens: int, rank: int) -> Case:
+        """A layer that reads more than it writes, its shrink and expand included."""
+        out = self.sizes.width
+        x, (weight, bias) = self._randn(1, tokens, inputs), self._layer(inputs, out)
+        both, up = lora_grow.grow(weight, rank), self._randn(out, rank, scale=rank**-0.5)
+        both[out : out + rank] = self._randn(rank, inputs, scale=inputs**-0.5)
+        given = (x, both[:out], bias, both, up, self._ones(1, rank))
+        return Case(
+            name=f"grown_{inputs}_r{rank}", ways=lora_grow.TILES,
+            run=lambda way: lora_grow.grown(*given) if way is None else lora_grow._done(*given, way),
+            wanted=lambda: grow_naive.grown(*(t.float() for t in given)),
+            bytes=x.nbytes + both.nbytes + up.nbytes + tokens * out * x.itemsize,
+            operations=2 * tokens * (inputs * (out + rank) + out * rank),
         )  # fmt: skip
 
     def rows(self) -> Case:

@@ -314,6 +314,8 @@ def run_all(asks: Sequence[Ask], bench: Bench, seconds: float) -> tuple[list[str
             if not alive(bench.device):
                 return [*left, *(later.id for later in asks[asks.index(ask) + 1 :])], failed
         gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()  # moved weights leave holes that the next row's would not fit
     return left, failed
 
 

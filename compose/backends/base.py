@@ -218,7 +218,8 @@ def weights_elsewhere(roots: Iterable[nn.Module]) -> str | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes still free on `device`."""
+    """Bytes still free on `device`, those included that torch keeps for later."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -2,8 +2,9 @@
 
 Layers that read one tensor (q, k, v, and the MLP beside them) share one shrink. Where copying that tensor is cheaper than
 going over what they write, it is packed with the shrink, and each layer's own product does the expand: its weight
-moves, bits and all, to where `up` lies beside it, and moves back on detaching. A site that a kernel cannot serve runs as
-in the torch backend, and says why.
+moves, bits and all, to where `up` lies beside it, and moves back on detaching. Where a lone layer reads more than it writes,
+`down` lies below its weight instead, and its product does the shrink. A site that a kernel cannot serve runs as in the
+torch backend, and says why.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from compose.backends.torch import SLOT, Slot, TorchBackend, add_delta, biased
 from compose.errors import BackendError
 from compose.kernels.choice import CHOICES
 from compose.kernels.lora_gate import MOST, Form, form_of, lora_gate
+from compose.kernels.lora_grow import grow, grown
 from compose.kernels.lora_mix import expand_, linear, shrink
 from compose.kernels.lora_pack import Packing, Seat, layout, product
 from compose.kernels.lora_rows import DENSE, lora_rows
@@ -71,7 +73,8 @@ class Shared:
 class FusedSlot(Slot):
     """A slot that kernels may serve. `first`: the weights of a call whose rows are all alike; `shared` and `columns`:
     the common shrink and this site's part of it; `seat` and `both`: its part of a packed row, and what multiplies it,
-    (seat.width, out), of which the layer's weight and `up` are views; `formed`: the gate that acts, as its kernel takes
+    (seat.width, out), of which the layer's weight and `up` are views; `grown`: (out + rank or more, in), of which the layer's
+    weight and `down` are; `formed`: the gate that acts, as its kernel takes
     it (no names: compiled blocks share their code); `reason`: why it runs in plain torch."""
 
     first: Tensor
@@ -79,6 +82,7 @@ class FusedSlot(Slot):
     columns: slice | None = None
     seat: Seat | None = None
     both: Tensor | None = None
+    grown: Tensor | None = None
     formed: tuple[Form, Tensor] | None = None
     reason: str | None = None
 
@@ -144,7 +148,7 @@ def _served(slot: FusedSlot, x: Tensor, other: Tensor) -> bool:
 
 def weighted(slot: FusedSlot, x: Tensor) -> Tensor:
     """x (B, .., in) -> weighted shrink (B, .., R)."""
-    rows = x.shape[0] if x.dim() > 1 and 1 < x.shape[0] <= slot.scale.shape[0] else 1
+    rows = _rows(slot, x)
     if x.dtype != slot.down.dtype:
         x = x.to(slot.down.dtype)
     if slot.shared is not None:
@@ -174,6 +178,10 @@ class MixedLinear(nn.Linear):
             return _added(slot, input, F.linear(input, self.weight, self.bias))
         if slot.seat is not None and slot.tokens is None and self.weight.stride(0) == slot.seat.width:
             return _packed(slot, input, self.bias)  # a weight that was moved meanwhile has other strides
+        if slot.grown is not None and slot.tokens is None:
+            rows = _rows(slot, input)
+            scale = slot.first if rows == 1 else slot.scale[:rows]
+            return grown(input, self.weight, self.bias, slot.grown, slot.up, scale)
         return linear(input, self.weight, self.bias, weighted(slot, input), slot.up)
 
 
@@ -188,6 +196,7 @@ class FusedBackend(TorchBackend):
         self._moved: list[nn.Module] = []
         self._groups: dict[str, list[str]] = {}
         self._packed: set[str] | None = None  # groups that are packed, chosen before any weight moves
+        self._grown: set[str] = set()  # and those whose one layer has `down` below its weight
         self._shared: dict[str, Shared] = {}
         self._swapped: list[nn.Module] = []
         self._forget_gate()
@@ -210,17 +219,19 @@ class FusedBackend(TorchBackend):
             self._groups.setdefault(_reads(self.job.sites[name]), []).append(name)
         return [name for group in self._groups.values() for name in group]
 
-    def _chosen(self) -> set[str]:
-        """The groups that may be packed and gain by it."""
+    def _choose(self) -> None:
+        """Which groups are packed, since they may be and gain by it, and which lone layers grow instead."""
+        self._packed, self._grown = set(), set()
         if not self._packs or any(map(_offloaded, self.job.roots)):
-            return set()
+            return
         owners = Counter(id(site.module.weight) for site in self.job.sites.values())
-        movable = {n: self._movable(n, owners) for group in self._groups.values() for n in group}
-        return {
-            reads
-            for reads, group in self._groups.items()
-            if all(map(movable.get, group)) and self._pays(group)
-        }
+        for reads, group in self._groups.items():
+            if not all(self._movable(name, owners) for name in group):
+                continue
+            if self._pays(group):
+                self._packed.add(reads)
+            elif len(group) == 1:
+                self._grown.add(reads)
 
     def _movable(self, name: str, owners: Counter[int]) -> bool:
         """Whether the site's weight is a plain layer's own, dense, on the device to stay, in rows of whole 16 bytes."""
@@ -242,7 +253,7 @@ class FusedBackend(TorchBackend):
         known = {field.name: getattr(slot, field.name) for field in fields(slot)}
         fused = FusedSlot(**known, first=slot.scale[:1], reason=self._why_not(site))
         if self._packed is None:
-            self._packed = self._chosen()
+            self._choose()
         group, packed = self._groups[_reads(site)], _reads(site) in self._packed
         if (
             (packed or len(group) > 1)
@@ -250,6 +261,8 @@ class FusedBackend(TorchBackend):
             and not any(self._sizes[name][1] for name in group)
         ):
             self._share(fused, site, group, start, packed)
+        elif _reads(site) in self._grown:
+            self._grow(fused, site.module)
         return fused
 
     def _share(self, slot: FusedSlot, site: Site, group: Sequence[str], start: int, packed: bool) -> None:
@@ -275,6 +288,14 @@ class FusedBackend(TorchBackend):
         module.weight.data = both[:, seat.x : seat.x + inputs]
         slot.up = both[:, seat.rank : seat.rank + rank]
         slot.seat, slot.both = seat, both.T
+        self._moved.append(module)
+
+    def _grow(self, slot: FusedSlot, module: nn.Module) -> None:
+        """Put `down` below the layer's weight."""
+        (out, _), rank = module.weight.shape, slot.down.shape[0]
+        slot.grown = grow(module.weight.data, rank)
+        module.weight.data = slot.grown[:out]
+        slot.down = slot.grown[out : out + rank]
         self._moved.append(module)
 
     def _why_not(self, site: Site) -> str | None:
@@ -334,9 +355,9 @@ class FusedBackend(TorchBackend):
         for module in self._swapped:
             module.__class__ = nn.Linear
         for module in self._moved:
-            module.weight.data = module.weight.data.contiguous()
+            module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
         self._swapped, self._moved = [], []
-        self._groups, self._packed, self._shared = {}, None, {}
+        self._groups, self._packed, self._grown, self._shared = {}, None, set(), {}
         self._forget_gate()
         super().detach()
 

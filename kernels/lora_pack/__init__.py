@@ -25,7 +25,7 @@ from compose.kernels.support import (
 __all__ = ["Layout", "Packing", "Seat", "layout", "product"]
 BUCKET = 256  # tokens that share a choice
 SMALL = Tile("triton", 16, 0, 32)  # all that the CPU's interpreter needs
-TILES = (TORCH, Tile("triton", 16, 0, 256, 4, 3), Tile("triton", 32, 0, 128, 4, 3))
+TILES = (TORCH, Tile("triton", 16, 0, 128, 4, 4), Tile("triton", 32, 0, 128, 4, 3))
 
 
 class Packing:

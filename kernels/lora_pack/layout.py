@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BIN = 64  # ranks that layers share a stretch for: a library product takes K in steps of 64, so the first 64 cost alike
-ALIGN = 16  # columns: 32 bytes of a half type, a sector of memory
+ALIGN = (
+    64  # columns: 128 bytes of a half type, a line of memory, and a step of K, which costs the same half full
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,8 @@ from compose.kernels.lora_pack.layout import Layout
 @triton.jit
 def pack_kernel(
     x, hidden, scale, places, out,
-    TOKENS, T, K, R, P, stride_x, stride_scale, W,
-    COPIES: tl.constexpr, FIRST: tl.constexpr, PITCH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    TOKENS, T, K, R, P, stride_x, stride_scale, W, first, pitch,
+    COPIES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The first programs along the second axis copy a block of columns each, the others weigh and place ranks."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -28,7 +27,7 @@ def pack_kernel(
         live = (t[:, None] < TOKENS) & (k[None, :] < K)
         a = tl.load(x + token * stride_x + k[None, :], mask=live, other=0.0)
         for copy in tl.static_range(COPIES):
-            tl.store(out + token * W + FIRST + copy * PITCH + k[None, :], a, mask=live)
+            tl.store(out + token * W + first + copy * pitch + k[None, :], a, mask=live)
     else:
         r = (part - wide) * BLOCK_R + tl.arange(0, BLOCK_R)
         known = (t[:, None] < TOKENS) & (r[None, :] < R)
@@ -43,9 +42,9 @@ def pack_kernel(
 @triton.jit
 def pack_shrink_kernel(
     x, down, scale, places, out,
-    T, K, R, P, stride_x, stride_down, stride_scale, W,
-    COPIES: tl.constexpr, FIRST: tl.constexpr, PITCH: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    T, K, R, P, stride_x, stride_down, stride_scale, W, first, pitch, steps,
+    COPIES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What is read of x to be shrunk is written to every copy on the way."""
     blocks = tl.cdiv(P, BLOCK_R)
@@ -56,13 +55,13 @@ def pack_shrink_kernel(
     copying = t[:, None] < tl.where(block == 0, T, 0)  # a mask: a branch would end the pipelining
     acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
     down_row = down + r[:, None].to(tl.int64) * stride_down
-    for step in range(STEPS):
+    for step in range(steps):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         if EVEN_K:
             a = tl.load(x + token * stride_x + k[None, :], mask=t[:, None] < T, other=0.0)
             d = tl.load(down_row + k[None, :], mask=r[:, None] < R, other=0.0)
             for copy in tl.static_range(COPIES):
-                tl.store(out + token * W + FIRST + copy * PITCH + k[None, :], a, mask=copying)
+                tl.store(out + token * W + first + copy * pitch + k[None, :], a, mask=copying)
         else:
             a = tl.load(
                 x + token * stride_x + k[None, :], mask=(t[:, None] < T) & (k[None, :] < K), other=0.0
@@ -70,7 +69,7 @@ def pack_shrink_kernel(
             d = tl.load(down_row + k[None, :], mask=(r[:, None] < R) & (k[None, :] < K), other=0.0)
             for copy in tl.static_range(COPIES):
                 tl.store(
-                    out + token * W + FIRST + copy * PITCH + k[None, :], a, mask=copying & (k[None, :] < K)
+                    out + token * W + first + copy * pitch + k[None, :], a, mask=copying & (k[None, :] < K)
                 )
         if UPCAST:
             a, d = a.to(tl.float32), d.to(tl.float32)
@@ -92,7 +91,7 @@ def launch_pack(
     pack_kernel[(triton.cdiv(tokens, block_t), spaces)](
         x, hidden, scale, places, out,
         tokens, tokens // scale.shape[0], width, rank, len(layout.places), x.stride(0), scale.stride(0), layout.width,
-        COPIES=layout.copies, FIRST=layout.first, PITCH=layout.pitch, BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r,
+        layout.first, layout.pitch, COPIES=layout.copies, BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r,
         num_warps=4,
     )  # fmt: skip
 
@@ -108,6 +107,6 @@ def launch_pack_shrink(
     pack_shrink_kernel[grid](
         x, down, scale, places, out,
         tokens, width, rank, len(layout.places), x.stride(0), down.stride(0), scale.stride(0), layout.width,
-        COPIES=layout.copies, FIRST=layout.first, PITCH=layout.pitch, STEPS=steps, BLOCK_T=tile.tokens, BLOCK_R=block_r,
-        BLOCK_K=tile.depth, EVEN_K=width == steps * tile.depth, **arithmetic(x), num_warps=tile.warps, num_stages=tile.stages,
+        layout.first, layout.pitch, steps, COPIES=layout.copies, BLOCK_T=tile.tokens, BLOCK_R=block_r, BLOCK_K=tile.depth,
+        EVEN_K=width == steps * tile.depth, **arithmetic(x), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -11,6 +11,8 @@ from triton.compiler import ASTSource
 
 from compose.kernels.fold import triton as fold
 from compose.kernels.lora_gate import triton as gate
+from compose.kernels.lora_grow import TILES as LIFTS
+from compose.kernels.lora_grow import triton as grow
 from compose.kernels.lora_mix import EXPANDS, LINEARS, SHRINKS
 from compose.kernels.lora_mix import triton as mix
 from compose.kernels.lora_pack import TILES as PACKS
@@ -33,7 +35,10 @@ DENSE = (
     "stride_hidden",
     "stride_up",
     "stride_gram",
+    "stride_wide",
     "part",
+    "first",
+    "pitch",
 )
 
 
@@ -61,7 +66,7 @@ def _type(name: str, constants: dict) -> str:
         return "*fp32"
     if name in ("edges", "index", "site_of_tile", "site_of_block", "places"):
         return "*i32"
-    if name in ("x", "down", "out", "y", "hidden", "up", "bias", "weight", "value", "kept", "anchor"):
+    if name in ("x", "down", "out", "y", "hidden", "up", "bias", "wide", "weight", "value", "kept", "anchor"):
         return "*bf16"
     return {"sites": "*i64", "eps": "fp32"}.get(name, "i32")
 
@@ -69,7 +74,7 @@ def _type(name: str, constants: dict) -> str:
 def every() -> dict[str, dict]:
     found = {}
     for n, tile in enumerate(tile for tile in SHRINKS if tile.kind != "torch"):
-        blocks = {"BLOCK_T": tile.tokens, "BLOCK_R": 128, "BLOCK_K": tile.depth, "STEPS": 24}
+        blocks = {"BLOCK_T": tile.tokens, "BLOCK_R": 128, "BLOCK_K": tile.depth}
         constants = {"SPLITS": tile.splits, "EVEN_K": True, **blocks, **ARITHMETIC}
         out = "*bf16" if tile.splits == 1 else "*fp32"
         found[f"shrink {n}"] = compiled(mix.shrink_kernel, constants, tile.warps, tile.stages, out=out)
@@ -84,17 +89,21 @@ def every() -> dict[str, dict]:
         found[f"expand {n}"] = compiled(mix.expand_kernel, constants, tile.warps, tile.stages)
     for n, tile in enumerate(tile for tile in LINEARS if tile.kind == "triton"):
         blocks = {"BLOCK_T": tile.tokens, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "BLOCK_R": 64}
-        constants = {"HAS_BIAS": True, "STEPS_K": 48, "STEPS_R": 2, "GROUP": 8, **blocks, **ARITHMETIC}
+        constants = {"HAS_BIAS": True, "STEPS_R": 2, "GROUP": 8, **blocks, **ARITHMETIC}
         found[f"linear {n}"] = compiled(
             mix.linear_kernel, constants, tile.warps, tile.stages,
             x_desc=f"tensordesc<bf16[{tile.tokens},{tile.depth}]>",
             weight_desc=f"tensordesc<bf16[{tile.columns},{tile.depth}]>",
         )  # fmt: skip
-    row = {"COPIES": 2, "FIRST": 128, "PITCH": 3328}
+    for n, tile in enumerate(tile for tile in LIFTS if tile.kind != "torch"):
+        blocks = {"BLOCK_T": tile.tokens, "BLOCK_N": tile.columns, "BLOCK_R": 64}
+        constants = {"HAS_BIAS": True, "STEPS_R": 2, **blocks, **ARITHMETIC}
+        found[f"lift {n}"] = compiled(grow.lift_kernel, constants, tile.warps, tile.stages)
+    row = {"COPIES": 2}
     blocks = {"BLOCK_T": 16, "BLOCK_K": 512, "BLOCK_R": 128}
     found["pack"] = compiled(pack.pack_kernel, {**row, **blocks}, 4, 3)
     for n, tile in enumerate(tile for tile in PACKS if tile.kind != "torch"):
-        blocks = {"BLOCK_T": tile.tokens, "BLOCK_R": 128, "BLOCK_K": tile.depth, "STEPS": 24}
+        blocks = {"BLOCK_T": tile.tokens, "BLOCK_R": 128, "BLOCK_K": tile.depth}
         constants = {"EVEN_K": True, **row, **blocks, **ARITHMETIC}
         found[f"pack shrink {n}"] = compiled(pack.pack_shrink_kernel, constants, tile.warps, tile.stages)
     found["sum"] = compiled(mix.sum_splits_kernel, {"SPLITS": 4, "BLOCK_T": 32, "BLOCK_R": 128}, 4, 3)

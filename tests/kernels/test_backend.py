@@ -11,7 +11,7 @@ from torch import nn
 
 from compose.adapter import Adapter, LowRank
 from compose.backends import BACKENDS, Budget, Job, fused
-from compose.backends.base import Spread
+from compose.backends.base import Spread, free_memory
 from compose.backends.fused import FusedBackend, MixedLinear, Shared
 from compose.backends.fused_fold import FusedFoldBackend
 from compose.backends.torch import TorchBackend
@@ -152,7 +152,7 @@ def test_packed_weights_move_bits_and_all_and_come_back(device):
     kept, backend = {name: p.clone() for name, p in net.named_parameters()}, FusedBackend()
     adapters = [adapter(sites, "a", 1, 3, lambda name: "conv" not in name)]
     backend.attach(Job(sites=sites, adapters=adapters, roots=[net], device=torch.device(device)))
-    assert net.to_q.weight.stride() == (24 + 16, 1) and net.out.weight.stride() == (16 + 16, 1)
+    assert net.to_q.weight.stride() == (24 + 64, 1) and net.out.weight.stride() == (16 + 64, 1)
     assert all(torch.equal(p, kept[name]) for name, p in net.named_parameters())
     assert backend._slots["net.attn.to_q"].up._base is backend._slots["net.attn.to_q"].both._base
     backend.apply([Mix(weights={"a": 1.0})])
@@ -186,6 +186,40 @@ def test_only_what_gains_and_may_move_is_packed(device):
     net, sites = made(device)
     net._hf_hook = None  # what accelerate puts on a model that it takes off the device
     assert packed(net, sites) == set()
+
+
+def test_a_lone_layer_that_reads_more_than_it_writes_takes_its_adapters_below_its_weight(device):
+    net, sites = made(device)
+    kept, backend = net.to_q.weight.clone(), FusedBackend()
+    given = [adapter(sites, "a", 1, 3, lambda name: "to_q" in name)]
+    backend.attach(Job(sites=sites, adapters=given, roots=[net], device=torch.device(device)))
+    slot = backend._slots["net.attn.to_q"]
+    assert slot.grown.shape == (16 + 16, 24) and slot.down.data_ptr() == slot.grown[16:].data_ptr()
+    assert net.to_q.weight.data_ptr() == slot.grown.data_ptr() and torch.equal(net.to_q.weight, kept)
+    x = torch.randn(2, 9, 24, device=device)
+    delta = given[0].deltas["net.attn.to_q"]
+    for weight in (1.0, -0.5):
+        backend.apply([Mix(weights={"a": weight})])
+        change = net.to_q(x) - nn.functional.linear(x, kept, net.to_q.bias)
+        wanted = 0.7 * weight * x @ delta.down.to(device).T @ delta.up.to(device).T
+        assert (change - wanted).norm() < 1e-5 * wanted.norm()
+    backend.detach()
+    assert torch.equal(net.to_q.weight, kept) and net.to_q.weight.untyped_storage().nbytes() == kept.nbytes
+
+
+def test_rows_masks_and_gradients_reach_a_layer_that_was_grown(device):
+    one = [lambda s: adapter(s, "a", 1, 3, lambda name: "to_q" in name)]
+    half = torch.cat([torch.ones(4), torch.zeros(5)]).to(device)
+    nets, backends = zip(*both(device, one, budget=Budget(rows=2)), strict=True)
+    assert backends[1]._slots["net.attn.to_q"].grown is not None
+    x = torch.randn(2, 9, 24, device=device, requires_grad=True)
+    for backend in backends:
+        backend.apply([Mix(weights={"a": 1.0}), Mix(weights={})])
+    agree(nets, lambda net: net.to_q(x.detach()))
+    agree(nets, lambda net: torch.autograd.grad(net.to_q(x).square().sum(), x)[0])
+    for backend in backends:
+        backend.apply([Mix(weights={"a": 1.0}, mask="m")], Spread(share=lambda tokens, name, site: half))
+    agree(nets, lambda net: net.to_q(x.detach()))
 
 
 def test_a_shared_shrink_is_never_that_of_another_tensor(device):
@@ -424,6 +458,13 @@ def test_folding_in_one_launch_equals_folding_site_by_site(device):
         backend.detach()
         assert all(torch.equal(p, kept[name]) for name, p in net.named_parameters())
     assert all(torch.allclose(*pair, atol=1e-6) for pair in results.values())
+
+
+def test_memory_that_torch_keeps_for_later_counts_as_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 25)
+    assert free_memory(torch.device("cuda", 0)) == 10 + 60 - 25
 
 
 def test_weights_that_moved_are_folded_where_they_are(device):
