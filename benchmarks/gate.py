@@ -175,7 +175,7 @@ class Studio:
         ) as composition:
             for variant in variants:
                 began = time.monotonic()
-                socket.gate = variant.gates.full if variant.gates else None
+                socket.gate = self._at_hand(variant.gates)
                 policies = {case.key: self.policy(variant, case) for case, _ in shots}
                 for start in range(0, len(shots), self.batch):
                     part = shots[start : start + self.batch]
@@ -185,6 +185,12 @@ class Studio:
                     f"{variant.name}: {len(shots)} pictures in {time.monotonic() - began:.0f} s", flush=True
                 )
         return found
+
+    def _at_hand(self, gates: Gates | None) -> FullGate | None:
+        """A full gate with its vectors on the device: sent with every call they would stop the GPU at every layer."""
+        if gates is None or gates.full is None:
+            return None
+        return FullGate({site: gates.full.vectors(site).to(self.device) for site in gates.full.sites})
 
     def _drawn(self, shots: Sequence[Shot]) -> Tensor:
         """Pictures (n, 3, 128, 128) in [0, 1], on the device."""

@@ -478,7 +478,10 @@ def make_zoo(args: argparse.Namespace) -> None:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Train every recipe that is asked for and write OUT/recipe-seed.safetensors."""
+    """Train every recipe that is asked for and that OUT has no gates of yet; write OUT/recipe-seed.safetensors."""
+    wanted = [recipe for recipe in args.recipes.split(",") if not _there(recipe, args)]
+    if not wanted:
+        return
     if args.make:
         make_zoo(args)
     device = loop.join().device
@@ -486,12 +489,24 @@ def build(args: argparse.Namespace) -> None:
     members, lessons = lessons_for(pipe, args, device)
     digest = folder_digest(args.base)
     args.out.mkdir(parents=True, exist_ok=True)
-    for recipe in args.recipes.split(","):
+    for recipe in wanted:
         settings = recipe_settings(recipe, args, device)
         gates, _ = train(pipe, members, lessons, settings, device, args.out / f"{recipe}.checkpoint")
-        for n in range(settings.gates):
-            path = args.out / f"{recipe}-{n}.safetensors"
+        for n, path in enumerate(files_of(recipe, args)):
             write(path, [gates], n, pipe=pipe, base_sha256=digest, settings=settings, adapters=len(members))
+
+
+def files_of(recipe: str, args: argparse.Namespace) -> list[Path]:
+    """Where a recipe's gates are written, by seed."""
+    return [args.out / f"{recipe}-{n}.safetensors" for n in range(args.seeds)]
+
+
+def _there(recipe: str, args: argparse.Namespace) -> bool:
+    """Whether an earlier run has ended with this recipe, and a line that says so."""
+    done = all(path.exists() for path in files_of(recipe, args))
+    if done:
+        print(f"recipe '{recipe}' is in '{args.out}' already; delete its files to train it again", flush=True)
+    return done
 
 
 def lessons_for(pipe: Any, args: argparse.Namespace, device: torch.device) -> tuple[list[Member], Lessons]:

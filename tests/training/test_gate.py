@@ -509,6 +509,17 @@ def test_recipes_take_the_command_lines_budgets():
         recipe_settings("best", args, CPU)
 
 
+def test_a_recipe_that_is_done_is_not_trained_again(tmp_path, capsys):
+    args = argparse.Namespace(recipes="published,light", out=tmp_path, seeds=2, make=0)
+    for path in [*trainer.files_of("published", args), *trainer.files_of("light", args)]:
+        path.touch()
+    trainer.build(args)  # nothing is loaded
+    assert capsys.readouterr().out.count("already; delete its files") == 2
+    trainer.files_of("light", args)[1].unlink()
+    with pytest.raises(AttributeError, match="base"):
+        trainer.build(args)
+
+
 # the command
 
 
