@@ -129,8 +129,8 @@ def tokens_of(latents: Tensor) -> Tensor:
 def places_of(latents: Tensor, picture: int = 0) -> Tensor:
     """(picture, row, column) of each token, (h/2 * w/2, 3); Kontext counts its reference as picture 1."""
     rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
-    where = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    return F.pad(where, (1, 0), value=picture).to(latents.device, torch.float32)
+    lines = (torch.arange(length, device=latents.device) for length in (rows, columns))
+    return F.pad(torch.cartesian_prod(*lines), (1, 0), value=picture).float()
 
 
 def _error(predicted: Tensor, target: Tensor, apart: bool) -> Tensor:
