@@ -56,6 +56,7 @@ from compose.sites import Sites
 NAME = "flux_shape"
 RANK = 16
 MIB = 2**20
+WARM = 8  # calls: about a second, so that the card's clock has settled before a row and before its base alike
 # What a row can fail with and the next need not: wrong answers, no memory, what a compiler refuses, a kernel that breaks.
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, TritonError, ComposeError)  # fmt: skip
 
@@ -163,7 +164,7 @@ class Bench:
                         f"  compiled in {time.perf_counter() - start:.0f} s, {error:.1e} from eager",
                         flush=True,
                     )
-                run, warmup = (lambda: self.model(**call)), min(3, self.runs)
+                run, warmup = (lambda: self.model(**call)), min(WARM, self.runs)
                 return measure(run, device=self.device, runs=self.runs, warmup=warmup)
 
     @contextmanager
