@@ -2,8 +2,12 @@
 
     python -m benchmarks.composition [--adapters FOLDER] [--rows id,...] [--policies name,...] [--quick]
 
-What was drawn and judged lies in --work and is not done again; stop it at any time. Rows go to results/composition.csv,
-verdicts to results/composition_verdicts.jsonl, the table and one contact sheet per policy to --work.
+Some sets are drawn one by one, each by every policy in turns, and timed; of four adapters, cached and composite draw
+--timed sets so. The other sets are drawn many at a time, and count for what is in the pictures alone.
+
+What was drawn and judged lies in --work and is not done again; stop it at any time. With --part each GPU does its share of
+the sets, in the same folder; a run without it reports on all. Rows go to results/composition.csv, verdicts to
+results/composition_verdicts.jsonl, the table and one contact sheet per policy to --work.
 """
 
 from __future__ import annotations
@@ -11,8 +15,10 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+import zlib
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +30,8 @@ from tqdm import tqdm
 
 from benchmarks import judge as judging
 from benchmarks.composition import report, speed
-from benchmarks.composition.studio import Studio
-from benchmarks.composition.testbed import QUICK, SIZES, Case, choose_sets, load_elements
+from benchmarks.composition.studio import Drawn, Studio
+from benchmarks.composition.testbed import DRAWN, QUICK, SIZES, Case, choose_sets, load_elements
 from benchmarks.composition.variants import VARIANTS
 from benchmarks.composition.verdicts import Book, Jury, to_pil
 from benchmarks.results import RESULTS, Row, merge
@@ -41,15 +47,17 @@ if TYPE_CHECKING:  # its index needs FAISS, which drawing does not
 
 SEEDS = (1, 2, 3)
 WORK = Path(".cache/composition")
+TIMED = ("composite", "cached")  # whose times the target rows compare, on sets of four adapters
 DRAWN_IDS = (
     "cached_over_composite_time", "cached_elements_loss_points", "cached_blocks_skipped", "cached_error_to_composite",
     "auto_loss_points",
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Testbed:
-    """One run over the sets: who draws, who judges, what is drawn, where it is kept."""
+    """One run over the sets: who draws, who judges, what is drawn, where it is kept. `alone` sets of each size are timed
+    under every policy, `timed` of those with four adapters under cached and composite."""
 
     studio: Studio
     jury: Jury
@@ -58,35 +66,82 @@ class Testbed:
     variants: Sequence[str]
     seeds: Sequence[int]
     work: Path
+    alone: int = 3
+    timed: int = 200
 
-    def run(self) -> None:
-        """Draw and judge whatever is missing. All policies draw a set before the next set, so that a machine that
-        slows down slows all of them alike; composite comes first, the others are compared with it."""
-        self._warm_up()
+    def run(self, part: tuple[int, int] = (0, 1)) -> None:
+        """Draw and judge whatever is missing of one part of the sets, those to be timed first. All policies draw a set
+        before the next set, so that a machine that slows down slows all of them alike; composite comes first, the
+        others are compared with it."""
         order = sorted(self.variants, key=lambda name: name != "composite")
-        for case in tqdm(self.cases, desc="sets", unit="set", disable=not sys.stderr.isatty()):
+        mine = [case for sized in self._sized().values() for case in sized[part[0] :: part[1]]]
+        singles = [case for case in mine if any(self._is_timed(name, case) for name in order)]
+        for case in tqdm(singles, desc="timed", unit="set", disable=not sys.stderr.isatty()):
             for name in order:
-                if not self.book.has(name, case, self.seeds):
-                    self._one(name, case)
+                if self._is_timed(name, case) and not self.book.has(name, case, self.seeds):
+                    self._keep(name, [case], [self._alone(name, case)])
+            self._say("timed", singles, case)
+        for name in order:
+            self._together(name, mine)
+            print(f"{name}: all sets, {len(self.book.verdicts)} verdicts", flush=True)
 
-    def _warm_up(self) -> None:
-        """The first picture pays for loading and for choosing kernels; it is not counted."""
-        missing = [c for c in self.cases if not all(self.book.has(v, c, self.seeds) for v in self.variants)]
-        if missing:
-            self.studio.draw(missing[0], VARIANTS["composite"], self.seeds)
+    def _sized(self) -> dict[int, list[Case]]:
+        found: dict[int, list[Case]] = {}
+        for case in self.cases:
+            found.setdefault(len(case.elements), []).append(case)
+        return found
 
-    def _one(self, name: str, case: Case) -> None:
-        drawn = self.studio.draw(case, VARIANTS[name], self.seeds)
-        for seed, picture in zip(self.seeds, drawn.pictures, strict=True):
-            path = report.picture_path(self.work, name, case, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            to_pil(picture).save(path)
-        composite = None if name == "composite" else self._kept("composite", case)
-        self.book.add(self.jury.judged(name, case, self.seeds, drawn, composite))
+    @cached_property
+    def _place(self) -> dict[str, int]:
+        """Every set's place among those of its size, in an order that has nothing to do with their names."""
+        order = {size: sorted(cases, key=_scattered) for size, cases in self._sized().items()}
+        return {case.key: n for cases in order.values() for n, case in enumerate(cases)}
 
-    def _kept(self, name: str, case: Case) -> Tensor | None:
-        """Pictures drawn before, in [0, 1]; None where any is missing."""
-        paths = [report.picture_path(self.work, name, case, seed) for seed in self.seeds]
+    def _is_timed(self, name: str, case: Case) -> bool:
+        four = len(case.elements) == 4 and name in TIMED
+        return self._place[case.key] < max(self.alone, self.timed if four else 0)
+
+    def _say(self, what: str, cases: Sequence[Case], case: Case) -> None:
+        done = cases.index(case) + 1
+        if done % 10 == 0 or done == len(cases):
+            print(f"{what}: {done} of {len(cases)} sets, {len(self.book.verdicts)} verdicts", flush=True)
+
+    def _together(self, name: str, cases: Sequence[Case]) -> None:
+        """The sets of one policy that need no time, as many of one size at once as the policy bears."""
+        left = [case for case in cases if not self.book.has(name, case, self.seeds)]
+        for size in sorted({len(case.elements) for case in left}):
+            own = [case for case in left if len(case.elements) == size]
+            for start in range(0, len(own), VARIANTS[name].together):
+                batch = own[start : start + VARIANTS[name].together]
+                self._keep(name, batch, self.studio.draw_together(batch, VARIANTS[name], self.seeds))
+
+    def _alone(self, name: str, case: Case) -> Drawn:
+        """One set, timed. What is new to this process (shapes that kernels are made and chosen for) is drawn before,
+        for two steps that are not counted."""
+        shape = (name, len(case.drawn), *(element.category not in DRAWN for element in case.elements))
+        if shape not in self._warm:
+            self.studio.draw(case, VARIANTS[name], self.seeds, steps=2)
+            self._warm.add(shape)
+        return self.studio.draw(case, VARIANTS[name], self.seeds)
+
+    @cached_property
+    def _warm(self) -> set[Hashable]:
+        return set()
+
+    def _keep(self, name: str, cases: Sequence[Case], drawn: Sequence[Drawn]) -> None:
+        """Judge the pictures, write the verdicts down, and keep composite's pictures and, for the sheets, first seeds."""
+        for case, each in zip(cases, drawn, strict=True):
+            for seed, picture in zip(self.seeds, each.pictures, strict=True):
+                if name == "composite" or seed == self.seeds[0]:
+                    path = report.picture_path(self.work, name, case, seed)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    to_pil(picture).save(path, compress_level=1)
+        composite = [None if name == "composite" else self._kept(case) for case in cases]
+        self.book.add(self.jury.judged(name, cases, self.seeds, drawn, composite))
+
+    def _kept(self, case: Case) -> Tensor | None:
+        """Composite's pictures, drawn before, in [0, 1]; None where any is missing."""
+        paths = [report.picture_path(self.work, "composite", case, seed) for seed in self.seeds]
         if not all(path.exists() for path in paths):
             return None
         return torch.stack([pil_to_tensor(Image.open(path)) / 255 for path in paths])
@@ -105,7 +160,8 @@ class Testbed:
             v for v in self.book.verdicts.values() if v.variant in self.variants and (v.key, v.seed) in asked
         ]
         flops = self.flops()
-        text = report.table(verdicts, flops) + "\n" + report.choices(verdicts)
+        even = report.comparable(verdicts)
+        text = report.table(even, flops) + "\n" + report.choices(even)
         (self.work / "table.md").write_text(text, encoding="utf-8")
         print(text)
         for name in self.variants:
@@ -115,7 +171,11 @@ class Testbed:
         if not quick:
             shutil.copyfile(self.book.path, out / "composition_verdicts.jsonl")
         place = where(self.studio.device)
-        return [*report.target_rows(verdicts, place), *report.table_rows(verdicts, flops, place)]
+        return [*report.target_rows(verdicts, place), *report.table_rows(even, flops, place)]
+
+
+def _scattered(case: Case) -> int:
+    return zlib.crc32(f"timed {case.key}".encode())
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -134,6 +194,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", help="ids, comma-separated (default: all)")
     parser.add_argument(
         "--quick", action="store_true", help="few sets, one seed, toy sizes, nothing recorded"
+    )
+    parser.add_argument(
+        "--alone", type=int, default=3, help="sets of each size that every policy is timed on"
+    )
+    parser.add_argument(
+        "--timed", type=int, default=200, help="sets of four that cached and composite are timed on"
+    )
+    parser.add_argument(
+        "--part", help="i/n: every n-th set from the i-th, for n GPUs; draws and reports nothing"
     )
     parser.add_argument("--device", help="cuda or cpu (default: the best there is)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the base's own)")
@@ -161,12 +230,21 @@ def set_up(args: argparse.Namespace, device: torch.device, clip: Encoder, judge:
     return Testbed(
         studio=studio,
         jury=Jury(judge, clip, device),
-        book=Book(args.work / "verdicts.jsonl", holds_for),
+        book=_book(args, holds_for),
         cases=cases,
         variants=variants,
         seeds=SEEDS[:1] if args.quick else SEEDS,
         work=args.work,
+        alone=args.alone,
+        timed=args.timed,
     )
+
+
+def _book(args: argparse.Namespace, holds_for: dict[str, Any]) -> Book:
+    """This part's own verdicts; without parts those of all."""
+    if args.part is None:
+        return Book(args.work / "verdicts.jsonl", holds_for, sorted(args.work.glob("verdicts-part-*.jsonl")))
+    return Book(args.work / f"verdicts-part-{args.part.replace('/', '-of-')}.jsonl", holds_for)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,22 +256,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wanted is not None and wanted - known:
             raise RequestError(unknown("row", min(wanted - known), known))
         device = choose_device(args.device)
-        rows: list[Row] = []
-        if wanted is None or wanted & set(speed.IDS):
-            rows += speed.measure(device, args.quick)
-        if wanted is None or wanted & set(DRAWN_IDS):
-            testbed = set_up(args, device, bundled(), judging.load(device=device))
-            testbed.run()
-            rows += testbed.report(args.out, args.quick)
+        for row in _measured(args, device, wanted):
+            if wanted is None or row.id in wanted:
+                print(f"{row.id}: {row.value:.4g} {row.unit} (target {row.target})", flush=True)
+                if not args.quick:
+                    merge([row], "composition", args.out)
     except ComposeError as error:
         print(f"composition: {error}", file=sys.stderr)
         return 2
-    rows = [row for row in rows if wanted is None or row.id in wanted]
-    for row in rows:
-        print(f"{row.id}: {row.value:.4g} {row.unit} (target {row.target})", flush=True)
-    if not args.quick:
-        merge(rows, "composition", args.out)
     return 0
+
+
+def _measured(args: argparse.Namespace, device: torch.device, wanted: set[str] | None) -> Iterator[Row]:
+    """Rows as they are found; a part of the sets has none."""
+    part = None if args.part is None else parsed_part(args.part)
+    if part is None and (wanted is None or wanted & set(speed.IDS)):
+        yield from speed.measure(device, args.quick)
+    if wanted is None or wanted & set(DRAWN_IDS):
+        testbed = set_up(args, device, bundled(), judging.load(device=device))
+        testbed.run(part or (0, 1))
+        if part is None:
+            yield from testbed.report(args.out, args.quick)
+
+
+def parsed_part(text: str) -> tuple[int, int]:
+    """`i/n` -> (i, n). Raises RequestError."""
+    turn, _, of = text.partition("/")
+    if not (turn.isdigit() and of.isdigit() and int(turn) < int(of)):
+        raise RequestError(f"part '{text}' cannot be; give i/n with i from 0 to n - 1, as in 0/2")
+    return int(turn), int(of)
 
 
 if __name__ == "__main__":

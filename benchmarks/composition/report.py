@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from benchmarks.composition.testbed import Case
@@ -55,16 +55,12 @@ def mean(verdicts: Sequence[Verdict], measure: Measure) -> Mean | None:
 def _resampled(groups: Sequence[Sequence[float]]) -> Mean | None:
     if not groups:
         return None
-    sums = [(math.fsum(group), len(group)) for group in groups]
-    rng = random.Random(len(sums))
-    means = sorted(_mean(rng.choices(sums, k=len(sums))) for _ in range(RESAMPLES))
+    totals = np.array([math.fsum(group) for group in groups])
+    counts = np.array([len(group) for group in groups])
+    picked = np.random.default_rng(len(groups)).integers(0, len(groups), (RESAMPLES, len(groups)))
+    means = np.sort(totals[picked].sum(1) / counts[picked].sum(1))
     low, high = means[round(0.025 * RESAMPLES)], means[round(0.975 * RESAMPLES) - 1]
-    return Mean(_mean(sums), (high - low) / 2, sum(count for _, count in sums))
-
-
-def _mean(sums: Iterable[tuple[float, int]]) -> float:
-    sums = list(sums)
-    return math.fsum(total for total, _ in sums) / sum(count for _, count in sums)
+    return Mean(math.fsum(totals) / int(counts.sum()), float(high - low) / 2, int(counts.sum()))
 
 
 def loss(verdicts: Sequence[Verdict], better: str, worse: str) -> Mean | None:
@@ -78,7 +74,8 @@ def loss(verdicts: Sequence[Verdict], better: str, worse: str) -> Mean | None:
 
 
 def time_ratio(verdicts: Sequence[Verdict], ours: str, theirs: str) -> Mean | None:
-    """Time of `ours` over that of `theirs`: total over total of the sets that both drew; spread over sets."""
+    """Time of `ours` over that of `theirs`: total over total of the sets that both were timed on; spread over sets."""
+    verdicts = [v for v in verdicts if v.seconds is not None]
     theirs_of = {(v.key, v.seed): v.seconds for v in verdicts if v.variant == theirs}
     pairs: dict[str, tuple[float, float]] = {}
     for v in verdicts:
@@ -91,6 +88,16 @@ def time_ratio(verdicts: Sequence[Verdict], ours: str, theirs: str) -> Mean | No
     total = math.fsum(mine for mine, _ in pairs.values()) / math.fsum(other for _, other in pairs.values())
     quarter = len(ratios) // 4
     return Mean(total, (ratios[-1 - quarter] - ratios[quarter]) / 2, len(ratios))
+
+
+def comparable(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The same verdicts, with time and memory left only to the sets that every policy was timed on."""
+    names = set(_variants(verdicts))
+    timed: dict[str, set[str]] = {}
+    for verdict in verdicts:
+        if verdict.seconds is not None:
+            timed.setdefault(verdict.key, set()).add(verdict.variant)
+    return [v if timed.get(v.key) == names else replace(v, seconds=None, memory=None) for v in verdicts]
 
 
 def is_judged(key: str) -> bool:
@@ -114,7 +121,7 @@ def target_rows(verdicts: Sequence[Verdict], where: str) -> list[Row]:
             where,
         ),
     ]
-    rival = best_at_equal_time([v for v in verdicts if not is_judged(v.key)])
+    rival = best_at_equal_time(comparable([v for v in verdicts if not is_judged(v.key)]))
     if rival is not None:
         judged = [v for v in verdicts if is_judged(v.key)]
         rows.append(_row("auto_loss_points", loss(judged, rival, "auto"), "points", "min", 1.0, where))
@@ -123,7 +130,8 @@ def target_rows(verdicts: Sequence[Verdict], where: str) -> list[Row]:
 
 def best_at_equal_time(verdicts: Sequence[Verdict]) -> str | None:
     """The single policy with most elements among those no slower than auto."""
-    seconds = {name: _of(verdicts, name, METRICS["seconds"][0]) for name in _variants(verdicts)}
+    timed = {name: _of(verdicts, name, METRICS["seconds"][0]) for name in _variants(verdicts)}
+    seconds = {name: found for name, found in timed.items() if found is not None}
     if "auto" not in seconds:
         return None
     fast = [n for n, s in seconds.items() if n != "auto" and s.value <= SLACK * seconds["auto"].value]

@@ -95,7 +95,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Row]:
     """All rows of this module. Times at FLUX.1-dev's shape need a card with 40 GB and are left out without one;
     `quick` times a toy instead."""
     if quick or _has_room(device):
-        yield from _times(device, quick, runs=2 if quick else 3)
+        yield from _times(device, quick, runs=2)
     yield from _shared(device, quick)
     yield _off_identical(device)
 
@@ -105,9 +105,8 @@ def _has_room(device: torch.device) -> bool:
 
 
 def _times(device: torch.device, small: bool, runs: int) -> Iterator[Row]:
-    pipe = flux(device, small)
-    draw = drawing(pipe, device, *((64, 8, 8) if small else (1024, 512, 28)))
-    found, cache = adapters(pipe), FeatureCache()
+    pipe, cache = flux(device, small), FeatureCache()
+    found = adapters(pipe)
     mine = weights(found)
     ways: dict[str, tuple[Policy, FeatureCache | None]] = {
         "cached": (Cached(weights=mine), cache),
@@ -115,10 +114,13 @@ def _times(device: torch.device, small: bool, runs: int) -> Iterator[Row]:
         "cached_renewed": (Cached(weights=mine, renew=5), FeatureCache()),
         "composite": (Composite(weights=mine), None),
     }
-    calls = {"base": _plainly(draw, device)}
-    for name, (policy, kept) in ways.items():
-        calls[name] = _under(pipe, found, policy, kept, draw)
-    taken = in_turns(calls, runs)
+
+    def calls(steps: int) -> dict[str, Timed]:
+        draw = drawing(pipe, device, *((64, 8) if small else (1024, 512)), steps)
+        made = {"base": _plainly(draw, device)}
+        return made | {name: _under(pipe, found, *way, draw) for name, way in ways.items()}
+
+    taken = in_turns(calls(8 if small else 28), runs, calls(2))
     place = where(device) + (" toy" if small else "")
     target = None if small else 1.5
     yield _ratio("cached_over_base_time", taken, "cached", "base", place, target)
@@ -132,14 +134,15 @@ def _times(device: torch.device, small: bool, runs: int) -> Iterator[Row]:
 Timed = Callable[[], tuple[Tensor, float]]
 
 
-def in_turns(calls: Mapping[str, Timed], runs: int) -> dict[str, Timing]:
-    """Seconds of each, `runs` times in turns after one round that is not counted."""
+def in_turns(calls: Mapping[str, Timed], runs: int, brief: Mapping[str, Timed]) -> dict[str, Timing]:
+    """Seconds of each, `runs` times in turns after one round of the `brief` ones, which is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for run in range(runs + 1):
+    for call in brief.values():
+        call()
+    for _ in range(runs):
         for name, call in calls.items():
-            seconds = call()[1]
-            if run:
-                taken[name].append(seconds)
+            taken[name].append(call()[1])
+            print(f"{name}: {taken[name][-1]:.3f} s", flush=True)
     return {name: summary(times) for name, times in taken.items()}
 
 
@@ -195,7 +198,7 @@ def _shared(device: torch.device, small: bool) -> Iterator[Row]:
     }
     wanted = calls["plain"]()[0]
     errors = {mode: _error(calls[mode]()[0], wanted) for mode in ("exact", "approximate")}
-    taken = in_turns(calls, runs=5)
+    taken = in_turns(calls, 5, calls)
     place = where(device) + (" toy" if small else "")
     yield Row(
         id="shared_base_error",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import time
@@ -20,6 +21,7 @@ from benchmarks.composition.testbed import Case, Element
 from benchmarks.composition.variants import Variant
 from compose import bases, loading
 from compose.adapter import Adapter
+from compose.backends import Budget
 from compose.cache import FeatureCache
 from compose.digest import write_atomic
 from compose.engine import Composition
@@ -36,18 +38,19 @@ if TYPE_CHECKING:  # its index needs FAISS, which drawing does not
     from compose.retrieval.index import Encoder
 
 MIB = 2**20
+CACHED = 8 * 2**30  # bytes of kept features: hundreds of pictures at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
     """Pictures (n, 3, height, width) in [0, 1] on the CPU and their cost. `seconds`: per picture, without the VAE;
     `skipped`: share of denoiser blocks in [0, 1]; `memory`: MiB above what was held before, at the peak (0 on a CPU);
-    `chose`: what `auto` picked, empty for the others."""
+    `chose`: what `auto` picked, empty for the others. Sets drawn together have no time and no memory of their own."""
 
     pictures: Tensor
-    seconds: float
+    seconds: float | None
     skipped: float
-    memory: float
+    memory: float | None
     chose: str = ""
 
 
@@ -117,56 +120,93 @@ class Studio:
         except AdapterError:
             return ""
 
-    @contextmanager
-    def composed(self, case: Case, variant: Variant) -> Iterator[tuple[Policy, FeatureCache | None]]:
-        """The pipeline under the variant's policy for this set: the policy as prepared, and its cache."""
-        weights = {element.name: 1.0 for element in case.elements}
-        context = Context(
+    @cached_property
+    def _encode(self) -> Callable[[str], list[float]]:
+        return functools.cache(lambda text: self.clip.text([text])[0].tolist())
+
+    def _context(self, case: Case, variant: Variant) -> Context:
+        """What the variant's policy may know of this set."""
+        known = case.elements if variant.caches else ()
+        return Context(
             prompts=[case.prompt],
             triggers={element.name: element.trigger for element in case.elements},
-            encode=lambda text: self.clip.text([text])[0].tolist(),
-            profiles={element.name: self.profile(element) for element in case.elements}
-            if variant.caches
-            else {},
+            encode=self._encode,
+            profiles={element.name: self.profile(element) for element in known},
         )
-        adapters = [self.adapter(element) for element in case.elements]
-        policy = variant.make(weights, case)
-        cache = FeatureCache() if variant.caches else None
-        with Composition(
-            self.pipe, adapters, policy, "auto", context=context, cache=cache, shared=variant.shared
-        ) as composition:
-            yield composition.policies[0], cache
 
-    def draw(self, case: Case, variant: Variant, seeds: Sequence[int]) -> Drawn:
-        """One picture per seed, in one batch."""
-        with self.composed(case, variant) as (policy, cache):
-            (pictures, seconds), memory = self._peak(lambda: self._timed(case.prompt, seeds))
+    def policy(self, case: Case, variant: Variant) -> Policy:
+        """The variant's policy for this set, prepared."""
+        made = variant.make({element.name: 1.0 for element in case.elements}, case)
+        return made.prepare(self._context(case, variant))
+
+    @contextmanager
+    def composed(
+        self, cases: Sequence[Case], variant: Variant, rows: int = 1
+    ) -> Iterator[tuple[Sequence[Policy], FeatureCache | None]]:
+        """The pipeline under the variant's policies, one for each set: the policies as prepared, and their cache.
+
+        Several sets are drawn beside the weights, by plain torch, which carries any number of `rows` that differ.
+        """
+        elements = {element.name: element for case in cases for element in case.elements}
+        adapters = [self.adapter(element) for element in elements.values()]
+        policies = [self.policy(case, variant) for case in cases]
+        cache = FeatureCache(limit=CACHED) if variant.caches else None
+        several = len(cases) > 1
+        with Composition(
+            self.pipe, adapters, policies if several else policies[0], "torch" if several else "auto",
+            cache=cache, shared=variant.shared, budget=Budget(rows=rows) if several else None,
+        ):  # fmt: skip
+            yield policies, cache
+
+    def draw(self, case: Case, variant: Variant, seeds: Sequence[int], *, steps: int | None = None) -> Drawn:
+        """One picture per seed, in one batch: as the product draws it, and timed. `steps` None means the studio's."""
+        with self.composed([case], variant) as ((policy,), cache):
+            (pictures, seconds), memory = self._peak(lambda: self._timed(case.prompt, seeds, steps))
         return Drawn(
             pictures=pictures,
             seconds=seconds / len(seeds),
-            skipped=0.0 if cache is None else cache.counts.skipped_share,
+            skipped=_skipped(cache),
             memory=memory,
-            chose=policy.choice(self.steps)[0] if isinstance(policy, Auto) else "",
+            chose=self._choice(policy),
         )
+
+    def draw_together(self, cases: Sequence[Case], variant: Variant, seeds: Sequence[int]) -> list[Drawn]:
+        """The pictures of several sets of one size in one batch, every row under its own set's policy; not timed."""
+        prompts = [
+            case.prompt for _ in seeds for case in cases
+        ]  # the n-th row belongs to picture n % len(cases)
+        each = [seed for seed in seeds for _ in cases]
+        branches = max(len(case.elements) for case in cases) if variant.shared else 1
+        with self.composed(cases, variant, rows=len(prompts) * branches) as (policies, cache):
+            pictures = self._pictures(prompts, each, "pt").float().cpu()
+        own = pictures.unflatten(0, (len(seeds), len(cases))).unbind(1)
+        return [
+            Drawn(pictures=own[n], seconds=None, skipped=_skipped(cache), memory=None, chose=self._choice(policy))
+            for n, policy in enumerate(policies)
+        ]  # fmt: skip
+
+    def _choice(self, policy: Policy) -> str:
+        return policy.choice(self.steps)[0] if isinstance(policy, Auto) else ""
 
     def flops(self, case: Case, variant: Variant) -> float:
         """Floating-point operations of one picture, without the VAE."""
-        with self.composed(case, variant), FlopCounterMode(display=False) as counter:
-            self._pictures(case.prompt, [0], "latent")
+        with self.composed([case], variant), FlopCounterMode(display=False) as counter:
+            self._pictures([case.prompt], [0], "latent")
         return float(counter.get_total_flops())
 
-    def _timed(self, prompt: str, seeds: Sequence[int]) -> tuple[Tensor, float]:
+    def _timed(self, prompt: str, seeds: Sequence[int], steps: int | None) -> tuple[Tensor, float]:
         decoding = Stopwatch(self.device)
         whole = Stopwatch(self.device)
         with rerouted({self.pipe.vae.decoder: lambda own, args, kwargs: decoding(own, *args, **kwargs)}):
-            pictures = whole(self._pictures, prompt, seeds, "pt")
+            pictures = whole(self._pictures, [prompt] * len(seeds), seeds, "pt", steps)
         return pictures.float().cpu(), whole.seconds - decoding.seconds
 
-    def _pictures(self, prompt: str, seeds: Sequence[int], output: str) -> Tensor:
+    def _pictures(
+        self, prompts: Sequence[str], seeds: Sequence[int], output: str, steps: int | None = None
+    ) -> Tensor:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        return self.pipe(
-            **self.call(prompt), num_images_per_prompt=len(seeds), generator=generators, output_type=output
-        ).images
+        call = self.call("-") | {"prompt": list(prompts), "num_inference_steps": steps or self.steps}
+        return self.pipe(**call, generator=generators, output_type=output).images
 
     def _peak(self, work: Callable[[], Any]) -> tuple[Any, float]:
         """(what `work` gives, peak MiB on the card above what it held before)."""
@@ -176,6 +216,10 @@ class Studio:
         before = torch.cuda.memory_allocated(self.device)
         result = work()
         return result, (torch.cuda.max_memory_allocated(self.device) - before) / MIB
+
+
+def _skipped(cache: FeatureCache | None) -> float:
+    return 0.0 if cache is None else cache.counts.skipped_share
 
 
 class Stopwatch:

@@ -12,11 +12,13 @@ from compose.policies import Auto, Cached, Composite, Merge, Regions, Switch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """`make`: adapter weights and the set -> policy; `caches`: it may reuse features; `shared`: base work shared."""
+    """`make`: adapter weights and the set -> policy; `caches`: it may reuse features; `shared`: base work shared;
+    `together`: so many sets are drawn in one batch where time does not matter."""
 
     make: Callable[[Mapping[str, float], Case], Policy]
     caches: bool = False
     shared: str | None = None
+    together: int = 64
 
 
 def _regions(weights: Mapping[str, float], case: Case) -> Policy:
@@ -32,7 +34,7 @@ VARIANTS: dict[str, Variant] = {
     "cached": Variant(make=lambda weights, case: Cached(weights=weights), caches=True),
     "cached-dense": Variant(make=lambda weights, case: Cached(weights=weights, intervals=1), caches=True),
     "cached-renewed": Variant(make=lambda weights, case: Cached(weights=weights, renew=5), caches=True),
-    "regions": Variant(make=_regions),
+    "regions": Variant(make=_regions, together=16),
     "auto": Variant(make=lambda weights, case: Auto(weights=weights), caches=True),
     "composite-shared": Variant(make=lambda weights, case: Composite(weights=weights), shared="exact"),
     "composite-approximate": Variant(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ SIDE, WINDOW = 128, 64  # pixels of a whole picture and of a part, as the judge 
 class Verdict:
     """One picture. `present`: element -> whether it is there; `similarity`: mean over the elements with references of
     the best cosine to them, None without any; `clipscore`: 100 x cosine with the triggers; `error`: relative
-    difference from composite's picture of the same seed, None where there is none to compare with."""
+    difference from composite's picture of the same seed, None where there is none to compare with; `seconds` and
+    `memory` (MiB) None where several sets were drawn together."""
 
     variant: str
     key: str
@@ -40,9 +41,9 @@ class Verdict:
     similarity: float | None
     clipscore: float
     error: float | None
-    seconds: float
+    seconds: float | None
     skipped: float
-    memory: float
+    memory: float | None
     chose: str = ""
 
     @property
@@ -59,53 +60,115 @@ class Verdict:
         return all(self.present.values())
 
 
+class Seen(NamedTuple):
+    """The judge's log-probabilities for the pictures of one set, on the CPU: concepts of the whole and of each part
+    (pictures, concepts), styles and both ends of the background."""
+
+    concepts: list[Tensor]
+    style: Tensor
+    top: Tensor
+    bottom: Tensor
+
+
 class Jury:
     """The judge of benchmarks.judge and a CLIP. `judge`: pictures (n, 3, 128, 128) in [-1, 1] -> its verdict."""
 
     def __init__(self, judge: Any, clip: Encoder, device: torch.device) -> None:
         self._judge, self._clip, self._device = judge, clip, device
         self._references: dict[str, np.ndarray] = {}
+        self._said: dict[str, np.ndarray] = {}
 
     @torch.no_grad()
     def judged(
-        self, variant: str, case: Case, seeds: Sequence[int], drawn: Drawn, composite: Tensor | None
+        self,
+        variant: str,
+        cases: Sequence[Case],
+        seeds: Sequence[int],
+        drawn: Sequence[Drawn],
+        composite: Sequence[Tensor | None],
     ) -> list[Verdict]:
-        """One verdict per picture of `drawn`; `composite` holds composite's pictures of the same seeds."""
-        pictures = drawn.pictures.to(self._device)
-        present = {element.name: self._present(element, case, pictures) for element in case.elements}
-        looks = self._clip.image([to_pil(picture) for picture in drawn.pictures])
-        words = self._clip.text([", ".join(element.trigger for element in case.elements)])[0]
-        styles = [element.name for element in case.elements if element.category == "style"]
-        verdicts = []
+        """One verdict per picture of each set in `drawn`; `composite` holds composite's pictures of the same seeds."""
+        pictures = torch.stack([each.pictures for each in drawn]).to(self._device)
+        seen = self._seen(cases, pictures)
+        looks = self._clip.image([to_pil(picture) for each in drawn for picture in each.pictures])
+        looks = looks.reshape(len(cases), len(seeds), -1)
+        return [
+            verdict
+            for n, case in enumerate(cases)
+            for verdict in self._of_set(variant, case, seeds, drawn[n], composite[n], seen[n], looks[n])
+        ]
+
+    def _of_set(
+        self,
+        variant: str,
+        case: Case,
+        seeds: Sequence[int],
+        drawn: Drawn,
+        composite: Tensor | None,
+        seen: Seen,
+        looks: np.ndarray,
+    ) -> Iterator[Verdict]:
+        present = {element.name: self._present(element, seen) for element in case.elements}
+        words = self._words(", ".join(element.trigger for element in case.elements))
+        style = next((element.name for element in case.elements if element.category == "style"), None)
         for n, seed in enumerate(seeds):
             here = {name: found[n] for name, found in present.items()}
-            verdicts.append(
-                Verdict(
-                    variant=variant,
-                    key=case.key,
-                    seed=seed,
-                    prompt=case.prompt,
-                    present=here,
-                    style=here[styles[0]] if styles else None,
-                    similarity=self._similarity(case, looks[n]),
-                    clipscore=100 * float(looks[n] @ words),
-                    error=None if composite is None else difference(drawn.pictures[n], composite[n]),
-                    seconds=drawn.seconds,
-                    skipped=drawn.skipped,
-                    memory=drawn.memory,
-                    chose=drawn.chose,
-                )
+            yield Verdict(
+                variant=variant,
+                key=case.key,
+                seed=seed,
+                prompt=case.prompt,
+                present=here,
+                style=here.get(style),
+                similarity=self._similarity(case, looks[n]),
+                clipscore=100 * float(looks[n] @ words),
+                error=None if composite is None else difference(drawn.pictures[n], composite[n]),
+                seconds=drawn.seconds,
+                skipped=drawn.skipped,
+                memory=drawn.memory,
+                chose=drawn.chose,
             )
-        return verdicts
 
-    def _present(self, element: Element, case: Case, pictures: Tensor) -> list[bool]:
+    def _words(self, text: str) -> np.ndarray:
+        if text not in self._said:
+            self._said[text] = self._clip.text([text])[0]
+        return self._said[text]
+
+    def _seen(self, cases: Sequence[Case], pictures: Tensor) -> list[Seen]:
+        """What the judge sees of every set's pictures (sets, seeds, 3, h, w): sets with as many things in them have as
+        many parts, and are looked at together."""
+        whole, concepts = self._looks(pictures.flatten(0, 1)), {}
+        style, top, bottom = (
+            part.unflatten(0, pictures.shape[:2]) for part in (whole.style, whole.top, whole.bottom)
+        )
+        whole_concept = whole.concept.unflatten(0, pictures.shape[:2])
+        for count in {len(case.drawn) for case in cases}:
+            rows = [n for n, case in enumerate(cases) if len(case.drawn) == count]
+            parts = [
+                self._looks(part).concept.unflatten(0, (len(rows), -1))
+                for part in views(pictures[rows].flatten(0, 1), count)[1:]
+            ]
+            concepts |= {
+                row: [whole_concept[row], *(part[n] for part in parts)] for n, row in enumerate(rows)
+            }
+        return [Seen(concepts[n], style[n], top[n], bottom[n]) for n in range(len(cases))]
+
+    def _looks(self, pictures: Tensor) -> judging.Verdict:
+        found = self._judge(_resized(pictures, SIDE) * 2 - 1)
+        return judging.Verdict(
+            **{name: getattr(found, name).cpu() for name in ("concept", "style", "top", "bottom")}
+        )
+
+    def _present(self, element: Element, seen: Seen) -> list[bool]:
+        """Whether it is there, for each picture of a set."""
         if element.category == "style":
             wanted = judging.STYLE_CLASS.get(element.subject, element.subject)
-            return self._named(judging.STYLE_NAMES, wanted, [self._look(pictures).style])
+            return self._named(judging.STYLE_NAMES, wanted, [seen.style])
         if element.category == "background":
-            look = self._look(pictures)
-            return self._named(judging.GROUND_NAMES, element.subject, [look.top, look.bottom])
-        return self._seen(element, pictures, len(case.drawn))
+            return self._named(judging.GROUND_NAMES, element.subject, [seen.top, seen.bottom])
+        place = int(self._judge.concept_rows([element.subject])[0])
+        ranks = [(look > look[:, place : place + 1]).sum(-1) for look in seen.concepts]
+        return (torch.stack(ranks).amin(0) < TOP).tolist()
 
     def _named(self, names: Sequence[str], wanted: str, scores: Sequence[Tensor]) -> list[bool]:
         """Whether every one of the judge's answers says `wanted`."""
@@ -113,16 +176,6 @@ class Jury:
             raise ValueError(f"the judge knows no '{wanted}'; it knows {', '.join(names)}")
         right = torch.stack([score.argmax(-1) == names.index(wanted) for score in scores])
         return right.all(0).tolist()
-
-    def _seen(self, element: Element, pictures: Tensor, count: int) -> list[bool]:
-        """Whether the concept is among the first of the whole picture, or of one of as many parts as things lie in it."""
-        place = int(self._judge.concept_rows([element.subject])[0])
-        looks = [self._look(view).concept for view in views(pictures, count)]
-        ranks = [(look > look[:, place : place + 1]).sum(-1) for look in looks]
-        return (torch.stack(ranks).amin(0) < TOP).tolist()
-
-    def _look(self, pictures: Tensor) -> Any:
-        return self._judge(_resized(pictures, SIDE) * 2 - 1)
 
     def _similarity(self, case: Case, look: np.ndarray) -> float | None:
         best = [float((self._of(element) @ look).max()) for element in case.elements if element.references]
@@ -164,24 +217,28 @@ def to_pil(picture: Tensor) -> Image.Image:
 class Book:
     """A file of verdicts, one JSON object per line, under a first line that says what they hold for.
 
-    A file that holds for something else (other base, steps, judge) is set aside, not mixed in.
+    A file that holds for something else (other base, steps, judge) is set aside, not mixed in. `others` are read too,
+    and copied into it: what several GPUs wrote.
     """
 
-    def __init__(self, path: Path, holds_for: dict[str, Any]) -> None:
+    def __init__(self, path: Path, holds_for: dict[str, Any], others: Iterable[Path] = ()) -> None:
         self.path, self._head = path, json.dumps({"holds for": holds_for}, sort_keys=True)
         self.verdicts: dict[tuple[str, str, int], Verdict] = {}
-        if path.exists() and not self._read():
+        if path.exists() and not self._read(path):
             path.replace(path.with_suffix(".old.jsonl"))
+        for other in others:
+            self._read(other)
+        if self.verdicts:
+            self._rewrite()  # a line cut off by an interrupt would swallow the next one
 
-    def _read(self) -> bool:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+    def _read(self, path: Path) -> bool:
+        lines = path.read_text(encoding="utf-8").splitlines()
         if not lines or lines[0] != self._head:
             return False
         for line in lines[1:]:
             verdict = _parsed(line)
             if verdict is not None:
                 self.verdicts[verdict.variant, verdict.key, verdict.seed] = verdict
-        self._rewrite()  # a line cut off by an interrupt would swallow the next one
         return True
 
     def _rewrite(self) -> None:

@@ -204,7 +204,7 @@ def judged(folder, clip, names, oracle=None, **more):
     case = Case(elements=tuple(found[name] for name in names))
     drawn = Drawn(pictures=half_white(), seconds=0.5, skipped=0.25, memory=0.0, **more)
     jury = Jury(oracle or Oracle(), clip, torch.device("cpu"))
-    return jury.judged("merge", case, (1, 2), drawn, torch.zeros(2, 3, 128, 128) + 0.5)
+    return jury.judged("merge", [case], (1, 2), [drawn], [torch.zeros(2, 3, 128, 128) + 0.5])
 
 
 def test_a_concept_is_looked_for_in_the_parts_where_several_things_lie(folder, clip):
@@ -329,7 +329,7 @@ def test_the_table_has_a_line_per_policy_and_size():
 @pytest.fixture
 def testbed(tmp_path, base, folder, clip):
     args = command.arguments(
-        ["--quick", "--adapters", str(folder), "--base", str(base), "--work", str(tmp_path / "work"), "--side", "32",
+        ["--quick", "--timed", "1", "--alone", "1", "--adapters", str(folder), "--base", str(base), "--work", str(tmp_path / "work"), "--side", "32",
          "--steps", "4", "--policies", "merge,composite,cached,regions,weighted-switch,auto,composite-shared"]
     )  # fmt: skip
     return lambda: command.set_up(args, torch.device("cpu"), clip, Oracle())
@@ -339,7 +339,10 @@ def test_a_run_draws_judges_and_reports(testbed, tmp_path):
     bed = testbed()
     bed.run()
     rows = {row.id: row for row in bed.report(tmp_path, quick=True)}
-    assert rows["cached_over_composite_time"].n == 2
+    assert rows["cached_over_composite_time"].n == 1, "two sets of four, one of them timed"
+    timed = {(v.variant, v.size) for v in bed.book.verdicts.values() if v.seconds is not None}
+    assert timed == {(name, size) for name in bed.variants for size in (2, 3, 4, 5)}
+    assert sum(v.size == 4 for v in bed.book.verdicts.values()) == 2 * len(bed.variants)
     assert rows["cached_blocks_skipped"].value > 10
     assert rows["cached_tflop"].value < rows["composite_tflop"].value
     assert rows["composite_shared_elements"].value == rows["composite_elements"].value
@@ -354,27 +357,81 @@ def test_a_run_draws_judges_and_reports(testbed, tmp_path):
 
 def test_a_run_that_was_stopped_goes_on_and_draws_nothing_twice(testbed, monkeypatch):
     bed, drawn = testbed(), []
-    draw = Studio.draw
+    draw, together = Studio.draw, Studio.draw_together
 
-    def stopping(self, case, variant, seeds):
-        if len(drawn) == 5:
+    def counted(self, case, variant, seeds, steps=None):
+        if len(drawn) == stop:
             raise KeyboardInterrupt
-        drawn.append(case.key)
-        return draw(self, case, variant, seeds)
+        if steps is None:
+            drawn.append(case.key)
+        return draw(self, case, variant, seeds, steps=steps)
 
-    monkeypatch.setattr(Studio, "draw", stopping)
+    def counted_together(self, cases, variant, seeds):
+        drawn.extend(case.key for case in cases)
+        return together(self, cases, variant, seeds)
+
+    monkeypatch.setattr(Studio, "draw", counted)
+    monkeypatch.setattr(Studio, "draw_together", counted_together)
+    stop = 5
     with pytest.raises(KeyboardInterrupt):
         bed.run()
     done = len(bed.book.verdicts)
-    assert done == 4  # the first was the warm-up
-    monkeypatch.setattr(Studio, "draw", lambda *args: drawn.append(args[1].key) or draw(*args))
+    assert done == 5
+    stop = None
     drawn.clear()
     again = testbed()
     again.run()
-    assert len(drawn) == 7 * len(again.cases) - done + 1
+    assert len(drawn) == 7 * len(again.cases) - done
     drawn.clear()
     testbed().run()
     assert drawn == []
+
+
+def test_sets_drawn_together_are_the_pictures_that_each_set_gives_alone(testbed):
+    bed = testbed()
+    cases, seeds = [case for case in bed.cases if len(case.elements) == 4], (1, 2)
+    for name in (
+        "merge",
+        "cached",
+        "regions",
+        "weighted-switch",
+        "composite-shared",
+        "composite-approximate",
+    ):
+        for case, several in zip(cases, bed.studio.draw_together(cases, VARIANTS[name], seeds), strict=True):
+            alone = bed.studio.draw(case, VARIANTS[name], seeds)
+            assert several.pictures.shape == alone.pictures.shape
+            assert float((several.pictures - alone.pictures).abs().max()) < 1e-3, name
+            assert several.skipped == pytest.approx(alone.skipped)
+            assert several.seconds is None
+
+
+def test_parts_draw_every_set_once_and_a_run_without_them_reports_on_all(testbed, monkeypatch, tmp_path):
+    whole = testbed()
+    for turn in (0, 1):
+        bed = testbed()
+        path = bed.work / f"verdicts-part-{turn}-of-2.jsonl"
+        part = dataclasses.replace(bed, book=Book(path, json.loads(whole.book._head)["holds for"]))
+        part.run((turn, 2))
+        assert 0 < len(part.book.verdicts) < 7 * len(whole.cases)
+    monkeypatch.setattr(Studio, "draw", lambda *args, **more: pytest.fail("drawn again"))
+    monkeypatch.setattr(Studio, "draw_together", lambda *args: pytest.fail("drawn again"))
+    bed = testbed()
+    bed.run()
+    assert len(bed.book.verdicts) == 7 * len(bed.cases)
+
+
+def test_times_count_only_where_every_policy_was_timed():
+    verdicts = [*many("merge", 2, 1.0), *many("cached", 2, 3.0, count=30)]
+    even = report.comparable(verdicts)
+    assert {v.key for v in even if v.seconds is None} == {f"a{n}+b+c+d" for n in range(20, 30)}
+    assert report.mean([v for v in even if v.variant == "cached"], report.METRICS["seconds"][0]).n == 60
+
+
+@pytest.mark.parametrize("part", ["2/2", "a/b", "1"])
+def test_parts_that_cannot_be_are_refused(part):
+    with pytest.raises(ComposeError, match="i from 0 to n - 1"):
+        command.parsed_part(part)
 
 
 def test_the_same_set_and_seed_give_the_same_verdict_again(testbed):
@@ -383,7 +440,7 @@ def test_the_same_set_and_seed_give_the_same_verdict_again(testbed):
     for kept in list(bed.book.verdicts.values())[:7]:
         case = next(case for case in bed.cases if case.key == kept.key)
         drawn = bed.studio.draw(case, VARIANTS[kept.variant], [kept.seed])
-        fresh = bed.jury.judged(kept.variant, case, [kept.seed], drawn, None)[0]
+        fresh = bed.jury.judged(kept.variant, [case], [kept.seed], [drawn], [None])[0]
         assert fresh.present == kept.present
         assert fresh.clipscore == pytest.approx(kept.clipscore, rel=1e-3)
 
@@ -416,7 +473,7 @@ def test_the_command_merges_its_rows(tmp_path, monkeypatch):
         dataclasses.replace(row, where="cpu")
         for row in report.target_rows(many("composite", 4, 1.0) + many("cached", 4, 0.4), "cpu")
     ]
-    bed = SimpleNamespace(run=lambda: None, report=lambda out, quick: rows)
+    bed = SimpleNamespace(run=lambda part: None, report=lambda out, quick: rows)
     monkeypatch.setattr(command, "set_up", lambda *args: bed)
     monkeypatch.setattr(command, "bundled", lambda: None)
     monkeypatch.setattr(command.judging, "load", lambda device: None)
