@@ -78,30 +78,32 @@ class Found:
 
 
 def read(folder: Path) -> Found:
-    """What the parts found, put together. Raises SystemExit where a part is missing."""
-    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("part-*.json"))]
-    fixed = next((part["fixed"] for part in parts if part["fixed"]), None)
-    if fixed is None or not (folder / "pictures.zip").is_file():
-        raise SystemExit(f"'{folder}' has no part-0.json and pictures.zip; run benchmarks.restore_draw")
+    """What was drawn. Raises SystemExit where the baselines or the main run are missing."""
+    if not (folder / "base.json").is_file() or not (folder / "pictures-few.zip").is_file():
+        raise SystemExit(f"'{folder}' has no base.json and pictures-few.zip; run benchmarks.restore_draw")
+    base = json.loads((folder / "base.json").read_text())
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("run-*.json"))]
+    main = sorted((run for run in runs if "wrong" in run), key=lambda run: run["seed"])
     return Found(
-        [run for part in parts for run in part["runs"]],
-        fixed,
-        [case for part in parts for case in part["wrong"]],
-        parts[0]["where"],
-        parts[0]["pictures"],
-        sorted((run for part in parts for run in part["unguarded"]), key=lambda run: run["seed"]),
+        runs,
+        base["fixed"],
+        [case for run in main for case in run["wrong"]],
+        base["where"],
+        base["pictures"],
+        [{"seed": run["seed"], "scores": run["unguarded"]} for run in main],
     )
 
 
 class Gallery:
-    """The pictures that `restore_draw` kept."""
+    """The pictures that `restore_draw` kept in a folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __getitem__(self, name: str) -> Tensor:
         """(n, 3, h, w) of `truth`, `input-TASK`, `zero-WAY-TASK` or `few-TASK`."""
-        with zipfile.ZipFile(self.path) as archive:
+        kind = "input" if name == "truth" else name.removesuffix(f"-{name.split('-')[-1]}")
+        with zipfile.ZipFile(self.folder / f"pictures-{kind}.zip") as archive:
             files = sorted(each for each in archive.namelist() if each.startswith(f"{name}/"))
             pictures = [np.asarray(PIL.Image.open(io.BytesIO(archive.read(each))).convert("RGB")) for each in files]  # fmt: skip
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
@@ -321,7 +323,7 @@ def main() -> None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             studio = restore_draw.Studio(restore_draw.ARCHIVE, restore_draw.BASE, device, 4 if args.quick else restore_draw.PICTURES)  # fmt: skip
             restore_draw.draw(studio, source, (0, 1), quick=args.quick, steps=restore_draw.STEPS)
-        report = Report(read(source), Gallery(source / "pictures.zip"))
+        report = Report(read(source), Gallery(source))
         rows = [row for row in report.rows() if row.id in wanted]
         if args.sheet is not None:
             contact(report.gallery, args.sheet)

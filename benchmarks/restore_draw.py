@@ -3,8 +3,9 @@
     python -m benchmarks.restore_draw --out FOLDER [--part i/n] [--archive pictures.zip] [--quick]
 
 Adapters learn from scenes of zoo concepts and are tested on scenes of test concepts; the base has seen neither. Writes
-`part-i.json` with the score of every picture, and, in the first part, `pictures.zip` with those that are scored
-elsewhere (classical filters, features).
+the score of every picture: `base.json` for what needs no adapter (in the first part), `run-NAME.json` for each adapter
+as soon as it is done, and is not done again; and, as `pictures-SET.zip`, the pictures that are scored elsewhere
+(classical filters, features).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import json
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from benchmarks.timing import where
 from compose import restore as restoring
 from compose.assets import BASE
 from compose.bases import BUNDLED, KINDS
+from compose.digest import write_atomic
 from compose.engine import composed
 from compose.formats import load
 from compose.policies import make
@@ -75,6 +77,10 @@ class Run:
     def tasks(self) -> tuple[str, ...]:
         return tuple(TASKS) if self.task is None else (self.task,)
 
+    @property
+    def name(self) -> str:
+        return f"{self.task or 'all'}-{self.count}-{self.seed}"
+
 
 def runs(quick: bool) -> list[Run]:
     """Every adapter: unified ones from all counts, one per task from the smallest."""
@@ -84,18 +90,6 @@ def runs(quick: bool) -> list[Run]:
 
 
 Scores = dict[str, dict[str, list[float]]]  # task -> measure -> a number for each picture
-
-
-@dataclass(slots=True)
-class Report:
-    """What one part found."""
-
-    where: str
-    pictures: int
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    fixed: dict[str, Scores] = field(default_factory=dict)  # input, vae, zero-few, zero-own
-    unguarded: list[dict[str, Any]] = field(default_factory=list)  # the main runs, all pixels redrawn
-    wrong: list[dict[str, Any]] = field(default_factory=list)  # PSNR to the picture given, ours and the VAE's
 
 
 class Studio:
@@ -204,42 +198,48 @@ def prompt_of(task: str) -> str:
     return PROMPTS[TASKS[task].task]
 
 
-def baselines(studio: Studio, report: Report) -> dict[str, dict[str, Tensor]]:
-    """The pictures as they are, the autoencoder's copies of the truth, and the bare base; returns its pictures."""
-    zero: dict[str, dict[str, Tensor]] = {
-        name: {task: studio.draw(tests, prompt_of(task), *how) for task, tests in studio.tests.items()}
-        for name, how in ZERO.items()
-    }
+def baselines(studio: Studio, out: Path) -> dict[str, Any]:
+    """Scores of the pictures as they are, of the autoencoder's copies of the truth, and of the bare base."""
+    keep(out, "input", {"truth": studio.truth, **_named_by("input", studio.tests)})
     copies = studio.copied(studio.truth)
-    report.fixed["input"] = {task: studio.score(tests, studio.truth) for task, tests in studio.tests.items()}
-    report.fixed["vae"] = {task: studio.score(copies, studio.truth) for task in TASKS}
-    for name, drawn in zero.items():
-        report.fixed[f"zero-{name}"] = {
-            task: studio.score(each, studio.truth) for task, each in drawn.items()
-        }
-    return zero
+    fixed = {"input": scored(studio, studio.tests), "vae": scored(studio, dict.fromkeys(TASKS, copies))}
+    for name, how in ZERO.items():
+        drawn = {task: studio.draw(tests, prompt_of(task), *how) for task, tests in studio.tests.items()}
+        keep(out, f"zero-{name}", _named_by(f"zero-{name}", drawn))
+        fixed[f"zero-{name}"] = scored(studio, drawn)
+    return {"where": where(studio.device), "pictures": studio.count, "fixed": fixed}
 
 
-def one(studio: Studio, run: Run, folder: Path, steps: int, report: Report) -> dict[str, Tensor]:
-    """Train, restore and score one adapter; returns its pictures by task."""
-    begun = time.perf_counter()
-    path = folder / f"{run.task or 'all'}-{run.count}-{run.seed}.safetensors"
+def _named_by(what: str, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{what}-{task}": each for task, each in drawn.items()}
+
+
+def scored(studio: Studio, drawn: Mapping[str, Tensor]) -> Scores:
+    return {task: studio.score(each, studio.truth) for task, each in drawn.items()}
+
+
+def one(studio: Studio, run: Run, out: Path, steps: int) -> dict[str, Any]:
+    """Train, restore and score one adapter. `wrong`: PSNR to the picture given, ours and the autoencoder's;
+    `unguarded`: scores where all pixels are redrawn; both of the main runs alone."""
+    begun, path = time.perf_counter(), out / f"{run.name}.safetensors"
+    path.with_suffix(".checkpoint").unlink(
+        missing_ok=True
+    )  # of a run that was stopped: it takes seconds anew
     studio.train(run, path, steps)
-    trained = time.perf_counter() - begun
+    found: dict[str, Any] = {"train_s": round(time.perf_counter() - begun, 2)}
     with studio.wearing(path):
         drawn = {task: studio.draw(studio.tests[task], prompt_of(task)) for task in run.tasks}
         if run.task is None and run.count == MAIN:
-            report.wrong += wrong_prompts(studio, run.seed)
-            plain = {
-                task: studio.draw(studio.tests[task], prompt_of(task), guard=False) for task in run.tasks
-            }
-            told = {task: studio.score(each, studio.truth) for task, each in plain.items()}
-            report.unguarded.append({"seed": run.seed, "scores": told})
-    scores = {task: studio.score(each, studio.truth) for task, each in drawn.items()}
-    report.runs.append(asdict(run) | {"train_s": round(trained, 2), "scores": scores})
-    psnr = {task: round(sum(each["psnr"]) / len(each["psnr"]), 2) for task, each in scores.items()}
-    print(f"{run.task or 'all'} {run.count} pairs, seed {run.seed}: {trained:.1f} s, PSNR {psnr}", flush=True)
-    return drawn
+            found["wrong"] = wrong_prompts(studio, run.seed)
+            plain = {task: studio.draw(studio.tests[task], prompt_of(task), guard=False) for task in TASKS}
+            found["unguarded"] = scored(studio, plain)
+    path.unlink()
+    if run == Run(task=None, count=MAIN, seed=0):
+        keep(out, "few", _named_by("few", drawn))
+    found["scores"] = scored(studio, drawn)
+    psnr = {task: round(sum(each["psnr"]) / len(each["psnr"]), 2) for task, each in found["scores"].items()}
+    print(f"{run.name}: trained in {found['train_s']} s, PSNR {psnr}", flush=True)
+    return asdict(run) | found
 
 
 def wrong_prompts(studio: Studio, seed: int) -> list[dict[str, Any]]:
@@ -290,36 +290,32 @@ def sweep(studio: Studio, folder: Path, steps: int) -> None:
                 print(f"{count} steps, guard {guard}: {means}", flush=True)
 
 
-def keep(path: Path, sets: Mapping[str, Tensor]) -> None:
-    """Pictures as lossless WebP, `set/number.webp`."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, pictures in sets.items():
+def keep(folder: Path, name: str, sets: Mapping[str, Tensor]) -> None:
+    """Pictures as lossless WebP, `set/number.webp` in `pictures-NAME.zip`."""
+    path = folder / f"pictures-{name}.zip"
+    with zipfile.ZipFile(path.with_suffix(".part"), "w", zipfile.ZIP_STORED) as archive:
+        for own, pictures in sets.items():
             for n, picture in enumerate(pictures):
                 buffer = io.BytesIO()
-                restoring.image_of(picture).save(buffer, "WEBP", lossless=True, quality=50)
-                archive.writestr(f"{name}/{n:03}.webp", buffer.getvalue())
+                restoring.image_of(picture).save(buffer, "WEBP", lossless=True, quality=20, method=1)
+                archive.writestr(f"{own}/{n:03}.webp", buffer.getvalue())
+    path.with_suffix(".part").replace(path)
 
 
 def draw(studio: Studio, out: Path, part: Sequence[int], *, quick: bool, steps: int) -> None:
     """One part of the work: every n-th run from the i-th; the first part also has the baselines."""
     turn, of = part
     out.mkdir(parents=True, exist_ok=True)
-    report = Report(where=where(studio.device), pictures=studio.count)
-    zero = baselines(studio, report) if turn == 0 else {}
-    with tempfile.TemporaryDirectory() as folder:
-        for run in runs(quick)[turn::of]:
-            drawn = one(studio, run, Path(folder), steps, report)
-            if run == Run(task=None, count=MAIN, seed=0):
-                sets = {"truth": studio.truth} | {
-                    f"input-{task}": each for task, each in studio.tests.items()
-                }
-                sets |= {
-                    f"zero-{name}-{task}": each
-                    for name, found in zero.items()
-                    for task, each in found.items()
-                }
-                keep(out / "pictures.zip", sets | {f"few-{task}": each for task, each in drawn.items()})
-    (out / f"part-{turn}.json").write_text(json.dumps(asdict(report)))
+    if turn == 0:
+        _once(out / "base.json", lambda: baselines(studio, out))
+    for run in runs(quick)[turn::of]:
+        _once(out / f"run-{run.name}.json", lambda run=run: one(studio, run, out, steps))
+
+
+def _once(path: Path, work: Callable[[], dict[str, Any]]) -> None:
+    """Do what has left no file yet."""
+    if not path.exists():
+        write_atomic(path, json.dumps(work()).encode())
 
 
 def main() -> None:

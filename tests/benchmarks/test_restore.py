@@ -96,11 +96,47 @@ def test_every_run_is_made_once_whatever_the_parts():
 
 def test_pictures_survive_the_archive(tmp_path):
     pictures = (torch.rand(3, 3, 24, 24) * 255).round() / 255
-    keep(tmp_path / "p.zip", {"truth": pictures})
-    assert torch.equal(Gallery(tmp_path / "p.zip").truth, pictures)
-    with zipfile.ZipFile(tmp_path / "p.zip") as archive:
-        assert archive.namelist() == [f"truth/00{n}.webp" for n in range(3)]
+    keep(tmp_path, "input", {"truth": pictures, "input-rain": 1 - pictures})
+    keep(tmp_path, "zero-own", {"zero-own-rain": pictures / 2})
+    gallery = Gallery(tmp_path)
+    assert torch.equal(gallery.truth, pictures)
+    assert torch.allclose(gallery["input-rain"], 1 - pictures, atol=1e-6)
+    assert torch.allclose(gallery["zero-own-rain"], pictures / 2, atol=1 / 255)
+    with zipfile.ZipFile(tmp_path / "pictures-input.zip") as archive:
+        assert archive.namelist()[:3] == [f"truth/00{n}.webp" for n in range(3)]
         assert io.BytesIO(archive.read("truth/000.webp")).getvalue()[8:12] == b"WEBP"
+
+
+def test_a_run_is_kept_as_soon_as_it_is_done_and_not_done_again(monkeypatch, tmp_path):
+    studio, done = restore_draw.Studio(tmp_path, tmp_path, torch.device("cpu"), 2), []
+    names = [run.name for run in runs(True)]
+
+    def one(studio, run, out, steps):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(run.name)
+        extra = {"wrong": [{"seed": run.seed}], "unguarded": {}} if run.task is None else {}
+        return {"task": run.task, "count": run.count, "seed": run.seed, "scores": {}} | extra
+
+    monkeypatch.setattr(restore_draw, "one", one)
+    monkeypatch.setattr(
+        restore_draw, "baselines", lambda *args: {"where": "a card", "pictures": 2, "fixed": {"vae": {}}}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        restore_draw.draw(studio, tmp_path, (0, 1), quick=True, steps=1)
+    assert done == names[:2]
+    with pytest.raises(SystemExit, match=r"run benchmarks\.restore_draw"):
+        restore.read(tmp_path)
+    done.clear()
+    monkeypatch.setattr(
+        restore_draw, "one", lambda studio, run, out, steps: done.append(run.name) or {"seed": 0}
+    )
+    restore_draw.draw(studio, tmp_path, (0, 1), quick=True, steps=1)
+    assert done == names[2:]
+    (tmp_path / "pictures-few.zip").touch()
+    read = restore.read(tmp_path)
+    assert (read.where, read.fixed, read.wrong) == ("a card", {"vae": {}}, [{"seed": 0}])
+    assert len(read.runs) == len(names)
 
 
 def test_fewer_pairs_are_the_first_of_more(monkeypatch, tmp_path):
