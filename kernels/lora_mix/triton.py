@@ -1,7 +1,7 @@
 """The kernels of lora_mix: shrink (with its split sum), expand in place, and the layer's whole product.
 
-Dimensions: B rows of T tokens each, K inputs, N outputs, R ranks. Addresses are 64-bit. Only block sizes and the few steps
-over ranks are constants: one compiled kernel serves all layers of a model.
+Dimensions: B rows of T tokens each, K inputs, N outputs, R ranks. Addresses are 64-bit. Loops have constant lengths:
+widths and ranks are few, tokens many, so only tokens stay variable.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from compose.kernels.support import interpreting
 @triton.jit
 def shrink_kernel(
     x, down, scale, out,
-    T, K, R, steps, stride_x, stride_down, stride_scale, part,
-    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    T, K, R, stride_x, stride_down, stride_scale, part,
+    SPLITS: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(R, BLOCK_R)
@@ -34,8 +34,8 @@ def shrink_kernel(
     if tl.max(tl.abs(gain)) > 0:  # adapters that are off in this row cost no reading of x
         x_row = x + token[:, None] * stride_x
         down_row = down + r[:, None].to(tl.int64) * stride_down
-        for step in range(steps):
-            k = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+        for step in range(STEPS):
+            k = (split * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
             if EVEN_K:
                 a = tl.load(x_row + k[None, :], mask=t[:, None] < T, other=0.0)
                 d = tl.load(down_row + k[None, :], mask=r[:, None] < R, other=0.0)
@@ -103,8 +103,8 @@ def expand_kernel(
 @triton.jit
 def linear_kernel(
     x_desc, weight_desc, bias, hidden, up, y,
-    T, N, R, steps, stride_hidden, stride_up,
-    HAS_BIAS: tl.constexpr, STEPS_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    T, N, R, stride_hidden, stride_up,
+    HAS_BIAS: tl.constexpr, STEPS_K: tl.constexpr, STEPS_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = x @ weight.T + bias + hidden @ up.T: the ranks are further iterations of the same product."""
@@ -115,7 +115,7 @@ def linear_kernel(
     tile_t = band * GROUP + (pid % (GROUP * tiles_n)) % height
     tile_n = (pid % (GROUP * tiles_n)) // height
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    for step in range(steps):
+    for step in range(STEPS_K):
         a = x_desc.load([tile_t * BLOCK_T, step * BLOCK_K])
         w = weight_desc.load([tile_n * BLOCK_N, step * BLOCK_K])
         if UPCAST:
@@ -165,8 +165,8 @@ def launch_shrink(
     to = out if tile.splits == 1 else out.new_empty((tile.splits, *out.shape), dtype=torch.float32)
     shrink_kernel[(triton.cdiv(tokens, tile.tokens), rows * triton.cdiv(rank, block_r), tile.splits)](
         x, down, scale, to,
-        tokens, width, rank, steps, x.stride(0), down.stride(0), scale.stride(0), out.numel(),
-        SPLITS=tile.splits, BLOCK_T=tile.tokens, BLOCK_R=block_r, BLOCK_K=tile.depth,
+        tokens, width, rank, x.stride(0), down.stride(0), scale.stride(0), out.numel(),
+        SPLITS=tile.splits, STEPS=steps, BLOCK_T=tile.tokens, BLOCK_R=block_r, BLOCK_K=tile.depth,
         EVEN_K=width == tile.splits * steps * tile.depth, **arithmetic(x), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if tile.splits > 1:
@@ -198,7 +198,7 @@ def launch_linear(
         TensorDescriptor.from_tensor(x, [tile.tokens, tile.depth]),
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
         y if bias is None else bias, hidden, up, y,
-        tokens, columns, rank, triton.cdiv(width, tile.depth), hidden.stride(0), up.stride(0),
-        HAS_BIAS=bias is not None, STEPS_R=triton.cdiv(rank, block_r),
+        tokens, columns, rank, hidden.stride(0), up.stride(0),
+        HAS_BIAS=bias is not None, STEPS_K=triton.cdiv(width, tile.depth), STEPS_R=triton.cdiv(rank, block_r),
         BLOCK_T=tile.tokens, BLOCK_N=tile.columns, BLOCK_K=tile.depth, BLOCK_R=block_r, GROUP=8, **arithmetic(x), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

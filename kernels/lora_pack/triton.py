@@ -42,9 +42,9 @@ def pack_kernel(
 @triton.jit
 def pack_shrink_kernel(
     x, down, scale, places, out,
-    T, K, R, P, stride_x, stride_down, stride_scale, W, first, pitch, steps,
-    COPIES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    T, K, R, P, stride_x, stride_down, stride_scale, W, first, pitch,
+    COPIES: tl.constexpr, STEPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What is read of x to be shrunk is written to every copy on the way."""
     blocks = tl.cdiv(P, BLOCK_R)
@@ -55,7 +55,7 @@ def pack_shrink_kernel(
     copying = t[:, None] < tl.where(block == 0, T, 0)  # a mask: a branch would end the pipelining
     acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
     down_row = down + r[:, None].to(tl.int64) * stride_down
-    for step in range(steps):
+    for step in range(STEPS):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         if EVEN_K:
             a = tl.load(x + token * stride_x + k[None, :], mask=t[:, None] < T, other=0.0)
@@ -107,6 +107,6 @@ def launch_pack_shrink(
     pack_shrink_kernel[grid](
         x, down, scale, places, out,
         tokens, width, rank, len(layout.places), x.stride(0), down.stride(0), scale.stride(0), layout.width,
-        layout.first, layout.pitch, steps, COPIES=layout.copies, BLOCK_T=tile.tokens, BLOCK_R=block_r, BLOCK_K=tile.depth,
+        layout.first, layout.pitch, COPIES=layout.copies, STEPS=steps, BLOCK_T=tile.tokens, BLOCK_R=block_r, BLOCK_K=tile.depth,
         EVEN_K=width == steps * tile.depth, **arithmetic(x), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -74,7 +74,7 @@ def _type(name: str, constants: dict) -> str:
 def every() -> dict[str, dict]:
     found = {}
     for n, tile in enumerate(tile for tile in SHRINKS if tile.kind != "torch"):
-        blocks = {"BLOCK_T": tile.tokens, "BLOCK_R": 128, "BLOCK_K": tile.depth}
+        blocks = {"BLOCK_T": tile.tokens, "BLOCK_R": 128, "BLOCK_K": tile.depth, "STEPS": 24}
         constants = {"SPLITS": tile.splits, "EVEN_K": True, **blocks, **ARITHMETIC}
         out = "*bf16" if tile.splits == 1 else "*fp32"
         found[f"shrink {n}"] = compiled(mix.shrink_kernel, constants, tile.warps, tile.stages, out=out)
@@ -89,7 +89,7 @@ def every() -> dict[str, dict]:
         found[f"expand {n}"] = compiled(mix.expand_kernel, constants, tile.warps, tile.stages)
     for n, tile in enumerate(tile for tile in LINEARS if tile.kind == "triton"):
         blocks = {"BLOCK_T": tile.tokens, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "BLOCK_R": 64}
-        constants = {"HAS_BIAS": True, "STEPS_R": 2, "GROUP": 8, **blocks, **ARITHMETIC}
+        constants = {"HAS_BIAS": True, "STEPS_K": 48, "STEPS_R": 2, "GROUP": 8, **blocks, **ARITHMETIC}
         found[f"linear {n}"] = compiled(
             mix.linear_kernel, constants, tile.warps, tile.stages,
             x_desc=f"tensordesc<bf16[{tile.tokens},{tile.depth}]>",
@@ -103,7 +103,7 @@ def every() -> dict[str, dict]:
     blocks = {"BLOCK_T": 16, "BLOCK_K": 512, "BLOCK_R": 128}
     found["pack"] = compiled(pack.pack_kernel, {**row, **blocks}, 4, 3)
     for n, tile in enumerate(tile for tile in PACKS if tile.kind != "torch"):
-        blocks = {"BLOCK_T": tile.tokens, "BLOCK_R": 128, "BLOCK_K": tile.depth}
+        blocks = {"BLOCK_T": tile.tokens, "BLOCK_R": 128, "BLOCK_K": tile.depth, "STEPS": 24}
         constants = {"EVEN_K": True, **row, **blocks, **ARITHMETIC}
         found[f"pack shrink {n}"] = compiled(pack.pack_shrink_kernel, constants, tile.warps, tile.stages)
     found["sum"] = compiled(mix.sum_splits_kernel, {"SPLITS": 4, "BLOCK_T": 32, "BLOCK_R": 128}, 4, 3)
