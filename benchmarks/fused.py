@@ -42,7 +42,10 @@ def measure(device: torch.device, quick: bool) -> Iterator[Row]:
     kinds = {"shira": sparse_adapters(), "lora": twins(studio)}
     names = sorted(kinds["shira"])
     each = QUICK if quick else -(-COUNT // len(names))
-    alone = {kind: {n: draw(studio, kind, [a[n]], n, each) for n in names} for kind, a in kinds.items()}
+    alone = {
+        kind: {name: draw(studio, kind, [own[name]], [name], each)[name] for name in names}
+        for kind, own in kinds.items()
+    }
     answers = [answer for found in alone.values() for group in found.values() for answer in group]
     single = {kind: mean([right(found[n]) for n in names]) for kind, found in alone.items()}
     count, place = each * len(names), where(device)
@@ -56,10 +59,10 @@ def measure(device: torch.device, quick: bool) -> Iterator[Row]:
         for kind, adapters in kinds.items():
             lost = []
             for members in sets:
-                merged = [adapters[name] for name in members]
-                asked = {name: draw(studio, kind, merged, name, share) for name in members}
+                asked = draw(studio, kind, [adapters[name] for name in members], members, share)
                 answers += itertools.chain(*asked.values())
                 lost += [right(alone[kind][name][:share]) - right(found) for name, found in asked.items()]
+            print(f"{kind}: {len(sets)} sets of {size}, mean drop {mean(lost):.2f} points", flush=True)
             drops[kind].append(mean(lost))
             yield points(
                 f"fused{size}_drop_{kind}", drops[kind][-1], share * len(sets) * size, place, None, "min"
@@ -95,16 +98,22 @@ def fused_sets(names: Sequence[str], size: int, most: int) -> list[tuple[str, ..
     return sorted(random.Random(size).sample(every, min(most, len(every))))
 
 
-def draw(studio: Studio, kind: str, adapters: Sequence[Adapter], name: str, count: int) -> list[Answer]:
-    """The prompts of the subject `name`, drawn with all of the adapters merged at weight 1, and judged."""
-    cases = cases_of(studio, name, adapters, count)
-    row = f"{kind}:{'+'.join(sorted(each.name for each in adapters))}:{name}"
+def draw(
+    studio: Studio, kind: str, adapters: Sequence[Adapter], names: Sequence[str], count: int
+) -> dict[str, list[Answer]]:
+    """`count` prompts of each subject in `names`, drawn in one go with all of the adapters merged at weight 1, and
+    judged."""
+    merged = "+".join(sorted(each.name for each in adapters))
+    cases = [
+        replace(case, row=f"{kind}:{merged}:{name}")
+        for name in names
+        for case in cases_of(studio, name, adapters, count)
+    ]
     weights: Mapping[str, float] = {each.name: 1.0 for each in adapters}
     with composed(studio.pipe, adapters, Merge(weights=weights), "fold"):
-        drawn = studio.draw([replace(case, row=row) for case in cases])
-    return studio.judged(
-        [replace(case, row=row) for case in cases], drawn, base_concepts(studio.pictures, ("base", "zoo"))
-    )
+        drawn = studio.draw(cases)
+    answers = studio.judged(cases, drawn, base_concepts(studio.pictures, ("base", "zoo")))
+    return {name: answers[n * count : (n + 1) * count] for n, name in enumerate(names)}
 
 
 def cases_of(studio: Studio, name: str, adapters: Sequence[Adapter], count: int) -> list[Case]:

@@ -217,30 +217,35 @@ def alone(call: Callable[[], Seen], name: str, device: torch.device) -> Seen:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        print(f"{name}: {torch.cuda.memory_allocated(device) / GIB:.2f} GiB held before", flush=True)
     seen = call()
     print(f"{name}: {seen.seconds:.3f} s a step, peak {seen.peak / GIB:.2f} GiB, {seen.trained / 1e6:.1f} M trained", flush=True)  # fmt: skip
     return seen
 
 
 def measure(setup: Setup, device: torch.device) -> Iterator[Row]:
+    """The example's rows, then ours beside it, each as soon as it is known."""
     example = alone(lambda: recipe(setup, device), "diffusers' example", device)
-    found = {
-        "": alone(lambda: ours(setup, device, 8), "ours, base in float8", device),
-        "_bf16": alone(lambda: ours(setup, device, 16), "ours, base in bfloat16", device),
-        "_recipe": example,
-    }
-    if len({seen.trained for seen in found.values()}) != 1:
-        raise SystemExit("the two train different numbers of parameters; the comparison would not be fair")
-    place = where(device)
-    for end, seen in found.items():
-        for what, value, unit in (("step_s", seen.seconds, "s"), ("peak_gib", seen.peak / GIB, "GiB")):
-            yield Row(
-                id=f"kontext_{what}{end}", value=value, unit=unit, direction="min", n=setup.steps, where=place
+    yield from rows("_recipe", example, example, setup, device)
+    for end, bits, name in (("", 8, "float8"), ("_bf16", 16, "bfloat16")):
+        seen = alone(lambda bits=bits: ours(setup, device, bits), f"ours, base in {name}", device)
+        if seen.trained != example.trained:
+            raise SystemExit(
+                f"ours trains {seen.trained} parameters, the example {example.trained}; the comparison would not be fair"
             )
-        if end != "_recipe":
-            ratio = seen.peak / max(1, example.peak)
-            target = TARGET if end == "" else None
-            yield Row(id=f"kontext_peak_ratio{end}", value=ratio, unit="times", target=target, direction="min", n=setup.steps, where=place)  # fmt: skip
+        yield from rows(end, seen, example, setup, device)
+
+
+def rows(end: str, seen: Seen, example: Seen, setup: Setup, device: torch.device) -> Iterator[Row]:
+    place = where(device)
+    for what, value, unit in (("step_s", seen.seconds, "s"), ("peak_gib", seen.peak / GIB, "GiB")):
+        yield Row(
+            id=f"kontext_{what}{end}", value=value, unit=unit, direction="min", n=setup.steps, where=place
+        )
+    if seen is not example:
+        ratio = seen.peak / max(1, example.peak)
+        target = TARGET if end == "" else None
+        yield Row(id=f"kontext_peak_ratio{end}", value=ratio, unit="times", target=target, direction="min", n=setup.steps, where=place)  # fmt: skip
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLora
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import fused
@@ -44,6 +45,7 @@ from compose.plan import Mix
 from compose.policies import Merge
 from compose.sites import Site, Sites, weight_shape
 from compose.sparse import Recipe
+from compose.training.lora import KERNELS
 from compose.training.shira import SparseLinear
 from tests.support import tiny
 
@@ -291,7 +293,7 @@ def stepping(
     inputs[0].requires_grad_()
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with sdpa_kernel(KERNELS), torch.autocast(device.type, torch.bfloat16):
             loss = net(*inputs, rotation).float().square().mean()
         loss.backward()
         optimizer.step()

@@ -26,7 +26,7 @@ from .data.concepts import BASE_STYLES
 from .data.scenes import Composer, Pictures, Sampler
 from .defects import teach
 from .degrade import parse, prompts_of
-from .lora import BaseFacts
+from .lora import BaseFacts, checkpoint_of
 from .pairs import Pairs, degraded
 from .restore import STEPS, Course, settings_for, train, trial_of
 
@@ -74,7 +74,8 @@ def main() -> None:
     trial = trial_of(pipe, pairs, course, settings)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     base = BaseFacts(name=BUNDLED, sha256=folder_digest(args.base))
-    train(settings, pipe, pairs, args.out, course=course, base=base, look=told, trial=trial)
+    resume = checkpoint_of(args.out).exists()  # of a run that was stopped
+    train(settings, pipe, pairs, args.out, course=course, base=base, look=told, trial=trial, resume=resume)
     trial.sheet().save(args.out.with_suffix(".png"))
     defects.write(teach(pairs.train, pairs.defects, seed=SEED, device=device), defects.beside(args.out))
     for path in (args.out, defects.beside(args.out)):

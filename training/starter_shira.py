@@ -2,6 +2,9 @@
 family of random masks, so that no two own the same entry.
 
     python -m compose.training.starter_shira --archive pictures.zip [--only NAME,...]
+
+A twin that was stopped goes on from its checkpoint; one that is finished is left as it is. Several at once share a GPU
+well: a step of theirs is mostly launching.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from compose.digest import folder_digest
 from .data import ARCHIVE
 from .data.scenes import Composer, Pictures
 from .examples import Examples
-from .lora import BaseFacts, Source, targets_of
+from .lora import BaseFacts, Source, checkpoint_of, targets_of
 from .objectives import objective_of
 from .shira import ShiraSettings, train
 from .starter import Recipe, examples, recipes
@@ -65,13 +68,17 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     base = BaseFacts(name=BUNDLED, sha256=folder_digest(args.base))
     for name in args.only.split(",") if args.only else SUBJECTS:
+        if (args.out / f"{name}.safetensors").exists():
+            print(f"{name} is there already", flush=True)
+            continue
         recipe = chosen[name]
         shown = examples(
             recipe, pipe, pictures, composer, count=args.scenes or recipe.scenes, seed=sum(name.encode())
         )
         settings = settings_of(pipe, name, recipe, args.steps, args.batch)
-        draw = _drawing(shown, settings)
-        print(train(settings, pipe, draw, args.out / f"{name}.safetensors", base=base), flush=True)
+        draw, out = _drawing(shown, settings), args.out / f"{name}.safetensors"
+        resume = checkpoint_of(out).exists()
+        print(train(settings, pipe, draw, out, base=base, resume=resume), flush=True)
 
 
 def _drawing(shown: Examples, settings: ShiraSettings) -> Source:
