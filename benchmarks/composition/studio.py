@@ -141,56 +141,59 @@ class Studio:
 
     @contextmanager
     def composed(
-        self, cases: Sequence[Case], variant: Variant, rows: int = 1
-    ) -> Iterator[tuple[Sequence[Policy], FeatureCache | None]]:
-        """The pipeline under the variant's policies, one for each set: the policies as prepared, and their cache.
-
-        Several sets are drawn beside the weights, by plain torch, which carries any number of `rows` that differ.
-        """
+        self, cases: Sequence[Case], variant: Variant, rows: int = 1, backend: str = "auto"
+    ) -> Iterator[tuple[Composition, FeatureCache | None]]:
+        """The pipeline under the variant's policies, one for each set, and their cache. Up to `rows` may differ."""
         elements = {element.name: element for case in cases for element in case.elements}
         adapters = [self.adapter(element) for element in elements.values()]
         policies = [self.policy(case, variant) for case in cases]
         cache = FeatureCache(limit=CACHED) if variant.caches else None
-        several = len(cases) > 1
         with Composition(
-            self.pipe, adapters, policies if several else policies[0], "torch" if several else "auto",
-            cache=cache, shared=variant.shared, budget=Budget(rows=rows) if several else None,
-        ):  # fmt: skip
-            yield policies, cache
+            self.pipe, adapters, policies if len(cases) > 1 else policies[0], backend,
+            cache=cache, shared=variant.shared, budget=Budget(rows=max(Budget().rows, rows)),
+        ) as composition:  # fmt: skip
+            yield composition, cache
 
     def draw(self, case: Case, variant: Variant, seeds: Sequence[int], *, steps: int | None = None) -> Drawn:
         """One picture per seed, in one batch: as the product draws it, and timed. `steps` None means the studio's."""
-        with self.composed([case], variant) as ((policy,), cache):
+        with self.composed([case], variant) as (composition, cache):
             (pictures, seconds), memory = self._peak(lambda: self._timed(case.prompt, seeds, steps))
         return Drawn(
             pictures=pictures,
             seconds=seconds / len(seeds),
             skipped=_skipped(cache),
             memory=memory,
-            chose=self._choice(policy),
+            chose=self._choice(composition.policies[0]),
         )
 
     def draw_together(self, cases: Sequence[Case], variant: Variant, seeds: Sequence[int]) -> list[Drawn]:
-        """The pictures of several sets of one size in one batch, every row under its own set's policy; not timed."""
+        """The pictures of several sets of one size in one batch, every row under its own set's policy; not timed. Plain
+        torch carries any number of rows that differ."""
         prompts = [
             case.prompt for _ in seeds for case in cases
         ]  # the n-th row belongs to picture n % len(cases)
         each = [seed for seed in seeds for _ in cases]
         branches = max(len(case.elements) for case in cases) if variant.shared else 1
-        with self.composed(cases, variant, rows=len(prompts) * branches) as (policies, cache):
+        with self.composed(cases, variant, len(prompts) * branches, "torch") as (composition, cache):
             pictures = self._pictures(prompts, each, "pt").float().cpu()
         own = pictures.unflatten(0, (len(seeds), len(cases))).unbind(1)
         return [
             Drawn(pictures=own[n], seconds=None, skipped=_skipped(cache), memory=None, chose=self._choice(policy))
-            for n, policy in enumerate(policies)
+            for n, policy in enumerate(composition.policies)
         ]  # fmt: skip
 
     def _choice(self, policy: Policy) -> str:
         return policy.choice(self.steps)[0] if isinstance(policy, Auto) else ""
 
     def flops(self, case: Case, variant: Variant) -> float:
-        """Floating-point operations of one picture, without the VAE."""
-        with self.composed([case], variant), FlopCounterMode(display=False) as counter:
+        """Floating-point operations of one picture, without the VAE; those of our own kernels are counted in torch."""
+        with self.composed([case], variant) as (composition, _):
+            chosen = composition.backend_name
+        backend = "torch" if chosen == "triton" else chosen
+        with (
+            self.composed([case], variant, backend=backend),
+            FlopCounterMode(display=False) as counter,
+        ):
             self._pictures([case.prompt], [0], "latent")
         return float(counter.get_total_flops())
 
