@@ -63,11 +63,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     args = parser.parse_args()
     pipe = FluxPipeline.from_pretrained(args.base).to("cuda" if torch.cuda.is_available() else "cpu")
-    pictures, chosen = Pictures(args.archive), recipes()
+    chosen = recipes()
+    names = args.only.split(",") if args.only else SUBJECTS
+    pictures = Pictures(args.archive, sorted({style for name in names for style in chosen[name].artwork}))
     composer = Composer(pictures, pipe.device)
     args.out.mkdir(parents=True, exist_ok=True)
     base = BaseFacts(name=BUNDLED, sha256=folder_digest(args.base))
-    for name in args.only.split(",") if args.only else SUBJECTS:
+    for name in names:
         if (args.out / f"{name}.safetensors").exists():
             print(f"{name} is there already", flush=True)
             continue
