@@ -127,7 +127,7 @@ def test_the_judge_is_asked_as_in_the_composition_benchmark(studio, folder):
     answers = set()
     for n, (case, _) in enumerate(wanted):
         drawn = SimpleNamespace(pictures=pictures[n : n + 1], seconds=0.0, skipped=0.0, memory=0.0, chose="")
-        other = jury.judged("any", case, [1], drawn, None)[0]
+        other = jury.judged("any", [case], [1], [drawn], [None])[0]
         answers.update(found[n].right)
         assert found[n].right == tuple(other.present[element.name] for element in case.elements)
     assert answers == {True, False}
