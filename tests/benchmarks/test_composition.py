@@ -30,12 +30,13 @@ from benchmarks.composition.testbed import (
     load_elements,
 )
 from benchmarks.composition.variants import VARIANTS
-from benchmarks.composition.verdicts import Book, Jury, Verdict, views
+from benchmarks.composition.verdicts import Book, Jury, Verdict, to_pil, views
 from benchmarks.results import read
 from compose.errors import ComposeError, LibraryError
 from compose.formats import save
 from compose.plan import Step, check_plan
 from compose.retrieval.card import Card
+from compose.retrieval.clip import bundled
 
 SUBJECTS = {
     "dog-face": ("concept", "dog face"),
@@ -229,6 +230,12 @@ def test_similarity_is_to_the_references_and_the_error_to_composite(folder, clip
     assert verdicts[0].similarity is not None
     assert judged(folder, clip, ["dog-face", "high-contrast"])[0].similarity is None
     assert verdicts[0].error == pytest.approx(1.0)
+
+
+def test_the_bundled_clip_sees_on_the_device_what_it_sees_in_files():
+    pictures = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    looks = Jury(Oracle(), bundled(), torch.device("cpu"))._embedded(pictures)
+    assert looks == pytest.approx(bundled().image([to_pil(each) for each in pictures]), abs=1e-5)
 
 
 def test_views_cover_the_picture():
