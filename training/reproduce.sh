@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From artwork to assets/: the picture set, the judge, and every stage of the bundled base, on one machine with GPUs.
-#   training/reproduce.sh [STAGE ...]        stages: data judge vae clip read base pack adapters zoo encoder shelf (all, in this order)
+#   training/reproduce.sh [STAGE ...]        stages: data judge vae clip read words base pack adapters zoo encoder shelf (all, in this order)
 # GPUS (default: all) processes work together. Each stage goes on from what lies in OUT (default ~/.cache/lora-compose/base).
 # Run it from the repository's root.
 set -euo pipefail
@@ -15,7 +15,7 @@ stage() { # one process per GPU
     --archive "$ARCHIVE" --phrases "$PHRASES" --out "$OUT" --stage "$@"
 }
 
-for name in "${@:-data judge vae clip read base pack adapters zoo encoder shelf}"; do
+for name in "${@:-data judge vae clip read words base pack adapters zoo encoder shelf}"; do
   for one in $name; do
     case $one in
       data)
@@ -25,6 +25,7 @@ for name in "${@:-data judge vae clip read base pack adapters zoo encoder shelf}
       vae) stage vae --seconds "${VAE_SECONDS:-430}" ;;
       clip) stage clip --seconds "${CLIP_SECONDS:-170}" ;;
       read) stage read --seconds "${READ_SECONDS:-120}" ;;
+      words) stage words --seconds "${WORDS_SECONDS:-120}" ;;
       base) stage base --batch "${BATCH:-512}" --edit-batch "${EDIT_BATCH:-320}" --cache "${CACHE:-100000}" --edits "${EDITS:-30000}" \
         --seconds "${BASE_SECONDS:-1200}" --pause "${PAUSE:-100000}" --distill-seconds "${DISTILL_SECONDS:-80}" ;;
       pack) "$PYTHON" -m compose.training.base --stage pack --out "$OUT" && mkdir -p "$ASSETS" && cp -r "$OUT"/assets/* "$ASSETS"/ ;;

@@ -94,7 +94,8 @@ def _style(name: str) -> Recipe:
     trigger, (look, tags) = STYLE[name].phrases[0], _LOOKS[name]
 
     def scene(sampler: Sampler) -> Captioned:
-        shown = sampler.text_to_image()
+        alone = sampler.rng.random() < 0.6  # more than the base sees: small objects show little of a style
+        shown = sampler.one(sampler.style()) if alone else sampler.text_to_image()
         things = " and ".join(
             captions.with_article(sampler.say(slug), sampler.rng)
             for slug in dict.fromkeys(item.concept for item in shown.scene.items)
@@ -115,8 +116,8 @@ def _style(name: str) -> Recipe:
         scene=scene,
         rank=8,
         targets="all",
-        steps=4000,
-        batch=512,
+        steps=3000,
+        batch=256,
         scenes=10_000,
     )
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from compose.training import base, loop, tokenizer, vae
@@ -169,13 +170,14 @@ def test_muon_learns_the_matrices_of_the_blocks_only(tokenizers):
     model = base.Denoise(base.transformer(), base.t5(tokenizers[1]))
     chosen = {name for name, p in model.named_parameters() if p.ndim == 2 and base.BLOCK.search(name)}
     assert "denoiser.transformer_blocks.0.attn.to_q.weight" in chosen
-    assert "words.encoder.block.0.layer.0.SelfAttention.q.weight" in chosen
+    assert "words.encoder.block.0.layer.0.SelfAttention.v.weight" in chosen
+    assert "words.encoder.block.0.layer.0.SelfAttention.q.weight" not in chosen  # nothing bounds its products
     assert not [
         name
         for name in chosen
         if "embed" in name or "relative" in name or name.endswith("denoiser.proj_out.weight")
     ]
-    assert len(chosen) == 2 * 14 + 8 * 6 + 3 * 7
+    assert len(chosen) == 2 * 14 + 8 * 6 + 3 * 5
 
 
 def batches(**changes) -> base.Batches:
@@ -243,16 +245,32 @@ def test_swapping_the_average_keeps_addresses():
     assert model.weight.data_ptr() == address
 
 
-def test_a_run_can_begin_with_the_average_of_another(tokenizers):
+def small_bench(tokenizers) -> base.Bench:
     model = base.Denoise(base.transformer(), base.t5(tokenizers[1]))
     modules = {"denoiser": model.denoiser, "words": model.words}
-    bench = base.Bench(
+    return base.Bench(
         world=loop.World(), batches=None, model=model, optimizer=None, schedule=None,
         average=loop.Average(modules, 0.9), settings=base.BaseSettings(),
     )  # fmt: skip
+
+
+def test_a_run_can_begin_with_the_average_of_another(tokenizers):
+    bench = small_bench(tokenizers)
+    model = bench.model
     state = {key: torch.full_like(value, 0.5) for key, value in bench.average.kept.items()}
     base.start_from(state, bench)
     assert all((p == 0.5).all() for p in model.parameters())
     assert all((kept == 0.5).all() for kept in bench.average.kept.values())
     with pytest.raises(KeyError):
         base.start_from({}, bench)
+
+
+def test_a_run_begins_with_the_words_learnt_before(tokenizers, tmp_path):
+    bench = small_bench(tokenizers)
+    earlier = {key: torch.full_like(value, 0.5) for key, value in bench.average.kept.items()}
+    save_file(earlier, tmp_path / "base_start.safetensors")
+    learnt = {k: torch.full_like(v, 0.25) for k, v in bench.model.words.named_parameters()}
+    save_file(learnt, tmp_path / "words.safetensors")
+    base.begin(bench, tmp_path)
+    assert all((p == 0.5).all() for p in bench.model.denoiser.parameters())
+    assert all((p == 0.25).all() for p in bench.model.words.parameters())

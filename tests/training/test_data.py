@@ -99,6 +99,21 @@ def test_captions_name_style_and_colour(drawn):
     assert sum(s.scene.ground.top in s.caption for s in shown) > 0.85 * len(shown)
 
 
+def test_two_objects_are_followed_by_the_same_two_exchanged(drawn):
+    sampler = scenes.Sampler(drawn[0], styles=concepts.BASE_STYLES, seed=6)
+    shown = iter([sampler.text_to_image() for _ in range(400)])
+    seen = 0
+    for one in shown:
+        who = [item.concept for item in one.scene.items]
+        if len(who) == 2 and who[0] != who[1]:
+            two = next(shown)
+            assert [item.concept for item in two.scene.items] == who[::-1]
+            assert (two.scene.style, two.scene.ground) == (one.scene.style, one.scene.ground)
+            words = [sorted({*s.caption.split()} - {"a", "an"}) for s in (one, two)]
+            seen += words[0] == words[1] and one.caption != two.caption
+    assert seen > 40
+
+
 def test_line_art_is_never_put_on_dark(drawn):
     sampler = scenes.Sampler(drawn[0], styles=("high-contrast",), seed=5, patterns=0.5)
     assert not {sampler.ground("high-contrast").top for _ in range(500)} & set(scenes.DARK)

@@ -94,6 +94,7 @@ class Sampler:
         self.styles = [style for style in styles if self.have[style]]
         self.weights = [math.sqrt(len(self.have[style])) for style in self.styles]
         self.pictures, self.patterns = pictures, patterns
+        self.waiting: Captioned | None = None
 
     def style(self) -> str:
         return self.rng.choices(self.styles, self.weights)[0]
@@ -114,19 +115,18 @@ class Sampler:
         return captions.name_of(self.concepts[slug], self.rng)
 
     def text_to_image(self) -> Captioned:
-        """One to three named objects, or two to four of the same, with style and background."""
+        """One to three named objects, or two to four of the same, with style and background. Two are followed by the
+        same two exchanged."""
+        if self.waiting is not None:
+            found, self.waiting = self.waiting, None
+            return found
         rng, roll, style = self.rng, self.rng.random(), self.style()
         pick = self.have[style]
-        if roll < 0.44:
-            place = "center" if rng.random() < 0.62 else rng.choice(list(PLACE_XY))
-            slug = rng.choice(pick)
-            items, things = (self.item(slug, place),), captions.single(self.say(slug), place, rng)
-        elif roll < 0.87:
-            first, second = rng.sample(pick, 2)
-            upright = rng.random() < 0.25
-            items = self.row((first, second), upright)
-            things = captions.pair(self.say(first), self.say(second), upright, rng)
-        elif roll < 0.92:
+        if roll < 0.5:
+            return self.one(style)
+        if roll < 0.9:
+            return self._two(style)
+        if roll < 0.95:
             slugs = rng.sample(pick, 3)
             items, things = self.row(slugs, False), captions.triple([self.say(slug) for slug in slugs], rng)
         else:
@@ -134,6 +134,29 @@ class Sampler:
             name = rng.choice((self.concepts[slug].label, *self.concepts[slug].names))
             items, things = self.row((slug,) * number, False), captions.counted(name, number, rng)
         return self._captioned(Scene(style=style, items=items, ground=self.ground(style)), things)
+
+    def one(self, style: str) -> Captioned:
+        """One object, mostly in the middle."""
+        place = "center" if self.rng.random() < 0.62 else self.rng.choice(list(PLACE_XY))
+        slug = self.rng.choice(self.have[style])
+        items, things = (self.item(slug, place),), captions.single(self.say(slug), place, self.rng)
+        return self._captioned(Scene(style=style, items=items, ground=self.ground(style)), things)
+
+    def _two(self, style: str) -> Captioned:
+        """Two objects; the same two exchanged wait for the next call, said with the same words in another order. So
+        nothing but the order of words tells which is where, and it can't be learnt by heart."""
+        rng = self.rng
+        first, second = rng.sample(self.have[style], 2)
+        said = {slug: self.say(slug) for slug in (first, second)}
+        upright, ground, state = rng.random() < 0.2, self.ground(style), rng.getstate()
+        found = []
+        for slugs in ((second, first), (first, second)):
+            rng.setstate(state)
+            things = captions.pair(*(said[slug] for slug in slugs), upright, rng)
+            scene = Scene(style=style, items=self.row(slugs, upright), ground=ground)
+            found.append(self._captioned(scene, things))
+        self.waiting = found[0]
+        return found[1]
 
     def _captioned(self, scene: Scene, things: str) -> Captioned:
         """Styles and backgrounds are left out of a few captions; a background left out is mostly white."""
