@@ -55,7 +55,11 @@ class Regions(Policy):
         return replace(self, prompts=[self._read(prompt, context.triggers) for prompt in context.prompts])
 
     def _read(self, prompt: str, triggers: Mapping[str, str]) -> dict[str, str]:
-        """What each region's branch reads. Regions that no part of the prompt speaks of read all of it."""
+        """What each region's branch reads. Regions that no part of the prompt speaks of read all of it; `words` that it
+        lacks are refused."""
+        for area in self.regions.values():
+            if area.words and area.words.lower() not in prompt.lower():
+                raise RequestError(f"the prompt does not hold the words '{area.words}' of a region")
         said = {
             name: area.words or triggers.get(name, "").strip() or name for name, area in self.regions.items()
         }

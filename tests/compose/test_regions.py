@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import tiny
@@ -12,7 +12,7 @@ from compose.engine import Composition, composed
 from compose.errors import BackendError, RequestError
 from compose.geometry import Tokens
 from compose.masks import cover, partition
-from compose.plan import REST, Area, Branch, Mix, Policy, Step, check_plan
+from compose.plan import REST, Area, Branch, Context, Mix, Policy, Step, check_plan
 from compose.policies import Merge, Regions
 from compose.sites import LAYOUTS
 from compose.words import token_share
@@ -230,6 +230,8 @@ def test_words_that_the_prompt_does_not_hold_are_refused():
         pytest.raises(RequestError, match="does not hold the words 'elephant'"),
     ):
         latents(pipe, "flux")
+    with pytest.raises(RequestError, match="does not hold the words 'elephant'"):
+        replace(policy, mode="exact").prepare(Context(prompts=["an Elephant", "a dog"]))
     with pytest.raises(RequestError, match="cannot be placed in the text of z-image"):
         token_share(None, LAYOUTS["z-image"], "a dog", "dog")
 
