@@ -103,7 +103,8 @@ def one_thread() -> Iterator[None]:
 def measure_tensor(device: torch.device, quick: bool) -> Iterator[Row]:
     """One adapter to another in one weight, beside folding a LoRA in by one product that adds in place.
 
-    The rival is the fastest way that torch has; peft's own, which builds the delta first, is given as a second row.
+    The rival is the fastest way that torch has. Two usual ones, which build the delta first, are given beside it: the
+    product added to the weight, and peft's own.
     """
     side, runs = (256, 3) if quick else (4096, 30)
     layer = nn.Linear(side, side, bias=False).requires_grad_(False)
@@ -114,14 +115,23 @@ def measure_tensor(device: torch.device, quick: bool) -> Iterator[Row]:
     def fuse() -> None:
         folded.addmm_(up, down, alpha=1e-6)
 
+    def fuse_product() -> None:
+        folded.add_(up @ down, alpha=1e-6)
+
     def fuse_peft() -> None:
         peft.merge()
         peft.merged_adapters.clear()
 
-    calls = {"sparse": switching({"net.a": layer}, torch.device("cpu")), "fuse": fuse, "peft": fuse_peft}
+    calls = {
+        "sparse": switching({"net.a": layer}, torch.device("cpu")),
+        "fuse": fuse,
+        "product": fuse_product,
+        "peft": fuse_peft,
+    }
     with one_thread():
         found = rivals(calls, runs=runs)
     yield quotient("switch_tensor_speedup", found["fuse"], found["sparse"], 16)
+    yield quotient("switch_tensor_speedup_product", found["product"], found["sparse"])
     yield quotient("switch_tensor_speedup_peft", found["peft"], found["sparse"])
     yield milliseconds("switch_tensor_ms", found["sparse"])
     yield milliseconds("switch_tensor_ms_fuse", found["fuse"])
@@ -419,7 +429,7 @@ TRAINING = tuple(
     )
 )  # fmt: skip
 QUESTIONS: tuple[tuple[tuple[str, ...], Callable[[torch.device, bool], Iterator[Row]], bool], ...] = (
-    (("switch_tensor_speedup", "switch_tensor_speedup_peft", "switch_tensor_ms", "switch_tensor_ms_fuse"), measure_tensor, False),
+    (("switch_tensor_speedup", "switch_tensor_speedup_product", "switch_tensor_speedup_peft", "switch_tensor_ms", "switch_tensor_ms_fuse"), measure_tensor, False),
     (("switch_sdxl_speedup", "switch_sdxl_ms", "switch_sdxl_ms_peft"), measure_sdxl, False),
     (("file_ratio_seeded", "file_ratio", "file_ratio_peft"), measure_files, False),
     (("restore_exact",), measure_restore, False),
