@@ -13,7 +13,7 @@ from compose.adapter import Adapter
 from compose.kernels.lora_gate import naive as gate_naive
 from compose.sites import Sites
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}  # of the adapters' part
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 2e-2}  # of the adapters' part
 GROUPS = (  # layers that read one tensor, of the first block of each kind, by the number of tokens they see
     ("image", "transformer_blocks.0", ("attn.to_q", "attn.to_k", "attn.to_v")),
     ("text", "transformer_blocks.0", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),

@@ -42,7 +42,8 @@ from compose.training.data import ARCHIVE
 from compose.training.data.concepts import BASE_STYLES
 from compose.training.data.scenes import Composer, Pictures, Sampler
 from compose.training.degrade import Defect
-from compose.training.lora import BaseFacts, step_generator
+from compose.training.loop import parsed_part
+from compose.training.lora import BaseFacts, checkpoint_of, step_generator
 from compose.training.measures import measured
 from compose.training.pairs import Pairs, degraded
 
@@ -222,9 +223,7 @@ def one(studio: Studio, run: Run, out: Path, steps: int) -> dict[str, Any]:
     """Train, restore and score one adapter. `wrong`: PSNR to the picture given, ours and the autoencoder's;
     `unguarded`: scores where all pixels are redrawn; both of the main runs alone."""
     begun, path = time.perf_counter(), out / f"{run.name}.safetensors"
-    path.with_suffix(".checkpoint").unlink(
-        missing_ok=True
-    )  # of a run that was stopped: it takes seconds anew
+    checkpoint_of(path).unlink(missing_ok=True)  # of a run that was stopped: it takes seconds anew
     studio.train(run, path, steps)
     found: dict[str, Any] = {"train_s": round(time.perf_counter() - begun, 2)}
     with studio.wearing(path):
@@ -338,8 +337,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             sweep(studio, Path(folder), args.steps)
         return
-    turn, of = map(int, args.part.split("/"))
-    draw(studio, args.out, (turn, of), quick=args.quick, steps=args.steps)
+    draw(studio, args.out, parsed_part(args.part), quick=args.quick, steps=args.steps)
 
 
 if __name__ == "__main__":

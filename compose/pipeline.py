@@ -499,10 +499,8 @@ class ComposePipeline:
         light = order.gates.light if order.gates else None
         if light is None:
             return None
-        said, names = (
-            _triggers(order.record.adapters, order.adapters),
-            [adapter.name for adapter in order.adapters],
-        )
+        said = _triggers(order.record.adapters, order.adapters)
+        names = [adapter.name for adapter in order.adapters]
         triggers = embed(self._loaded, [said.get(name, name) for name in names])
         sizes = sizes_of(order.adapters, light.shape.sites)
         return lambda prompt, stretches: light.course(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import platformdirs
 import torch
 import triton
+from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -23,6 +24,7 @@ from compose.kernels.support import capturing
 
 Key = tuple[str | int, ...]
 CACHE = Path(platformdirs.user_cache_dir("lora-compose"))
+BUCKET = 256  # tokens that share a choice
 CALLS, ROUNDS = 8, 3  # back to back, as a model launches them: the median round counts
 
 
@@ -97,6 +99,33 @@ class Choices:
 
 
 CHOICES = Choices()
+
+
+def kind(tensor: Tensor) -> tuple:
+    """All that decides whether a tensor fits, and which way is fastest."""
+    return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
+
+
+class Plans(dict[tuple, Tile]):
+    """One kernel's choices, by the `kind` of everything it is given: what is known is checked no more. `small` serves the
+    CPU's interpreter."""
+
+    def __init__(self, small: Tile) -> None:
+        super().__init__()
+        self.small = small
+
+    def choose(
+        self, key: tuple, shape: Key, x: Tensor, tiles: Sequence[Tile], run: Callable[[Tile], object]
+    ) -> Tile:
+        """The choice for `shape` at as many tokens as x (.., K) has, kept under the exact `key` too unless it could not be
+        measured yet."""
+        if x.device.type == "cpu":
+            return self.setdefault(key, self.small)
+        known = (*shape, -(-x.shape[:-1].numel() // BUCKET), str(x.dtype))
+        tile = CHOICES.get(known) or CHOICES.measured(known, tiles, run, x.device)
+        if CHOICES.get(known):
+            self[key] = tile
+        return tile
 
 
 def _seconds(tile: Tile, run: Callable[[Tile], object], device: torch.device) -> float | None:

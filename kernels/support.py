@@ -6,7 +6,7 @@ Nothing here imports triton, so a machine without it can still ask why the kerne
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -63,6 +63,21 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+_LIBRARY = torch.library.Library("lora_compose", "FRAGMENT")
+
+
+def operator(
+    schema: str, run: Callable[..., object], fake: Callable[..., object] = lambda *given: None
+) -> None:
+    """Make `run` the operator `torch.ops.lora_compose.NAME`, which torch.compile leaves whole; `fake` gives what it
+    returns without computing it (nothing, where it works in place)."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"lora_compose::{name}", fake, lib=_LIBRARY)
+
+
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     """Refuse a tensor whose shape differs from `expected`; a word stands for any size."""
     fits = tensor.dim() == len(expected) and all(
@@ -88,6 +103,20 @@ def check_served(name: str, tensor: Tensor) -> None:
     reason = why_not(tensor.device, tensor.dtype)
     if reason is not None:
         raise KernelError(f"{name} of shape {tuple(tensor.shape)}: {reason}")
+
+
+def check_scale(scale: Tensor, x: Tensor, rank: int) -> None:
+    """Refuse weights of ranks that are not (rows of x, or 1, rank) in float32 beside x."""
+    check_shape("scale", scale, ("B", rank))
+    if scale.shape[0] not in (1, x.shape[0]):
+        raise KernelError(
+            f"scale has shape {tuple(scale.shape)}; expected ({x.shape[0]}, {rank}), as x has shape {tuple(x.shape)}, or "
+            "one row"
+        )
+    check_like("scale", scale, x, "x", dtype=False)
+    if scale.dtype != torch.float32:
+        raise KernelError(f"scale of shape {tuple(scale.shape)} is {scale.dtype}; expected torch.float32")
+    check_unit_stride("scale", scale)
 
 
 def check_unit_stride(name: str, tensor: Tensor) -> None:

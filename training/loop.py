@@ -17,6 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compose.errors import TrainingError
+
+
+def parsed_part(text: str) -> tuple[int, int]:
+    """`i/n`, a process's share of work that needs no talk between processes -> (i, n). Raises TrainingError."""
+    turn, _, of = text.partition("/")
+    if not (turn.isdigit() and of.isdigit() and int(turn) < int(of)):
+        raise TrainingError(f"--part is '{text}'; give i/n with i from 0 to n - 1, as in 0/4")
+    return int(turn), int(of)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:

@@ -21,6 +21,7 @@ from compose.assets import ADAPTERS, BASE
 from compose.bases import BUNDLED
 from compose.digest import folder_digest
 
+from . import loop
 from .data import ARCHIVE, captions
 from .data.captions import Ground
 from .data.concepts import BASE_STYLES, PATTERNS, Concept, load_concepts
@@ -242,7 +243,7 @@ def main() -> None:
     args = parser.parse_args()
     chosen = recipes()
     names = args.only.split(",") if args.only else list(chosen)
-    turn, of = map(int, args.part.split("/"))
+    turn, of = loop.parsed_part(args.part)
     pipe = FluxPipeline.from_pretrained(args.base).to("cuda" if torch.cuda.is_available() else "cpu")
     pictures = Pictures(args.archive)
     composer = Composer(pictures, pipe.device)

@@ -1,9 +1,9 @@
 """Teach the sequence encoder (T5) what stands where, from captions alone, before it meets pictures.
 
 T5 knows order only by a bias for each distance between two words, and pictures hardly teach it: a base that drew both of
-two objects in 60 % had them exchanged as often as not, and its biases were still noise. Begun with heads that look to
+two objects in 63 % had them exchanged as often as not, and its biases were still noise. Begun with heads that look to
 the left, to the right and at the word before, and asked which concept stands in which cell of the picture, it learns
-order in a few hundred steps.
+order in 400 batches of 128 captions, in 1,900 where it is also to answer as an earlier encoder did.
 """
 
 from __future__ import annotations

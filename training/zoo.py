@@ -11,7 +11,7 @@ does not adapt is all zeros; their gradients are zero too, so they stay.
 Costs on the bundled base (13 M parameters, 64 picture and 40 text tokens): 3.7 GFLOP per picture forward and back (no
 gradients of the base), so 2,165 jobs x 300 steps x 8 pictures are 1.9e16 FLOP, 5 minutes at 65 TFLOP/s. A pass of 192
 jobs x 8 pictures holds about 16 MB of activations per picture, 25 GB, and at rank 8 on all layers 4 x 330 MB of weights,
-gradients and moments. A step of a full pass takes longer to compute than to launch, so there is no CUDA graph.
+gradients and moments. By these counts a step of a full pass takes longer to compute than to launch, so there is no CUDA graph.
 """
 
 from __future__ import annotations
@@ -522,11 +522,8 @@ def adapter_of(shard: Shard, place: int) -> Adapter:
 # The whole zoo
 
 
-PARTS = (
-    "test",
-    "seen",
-    "train",
-)  # in the order in which they are trained, so that a cut zoo can still be asked
+PARTS = ("test", "seen", "train")
+"""In the order in which they are trained, so that a zoo that was cut short can still be asked."""
 
 
 def passes(jobs: Sequence[Job], together: int) -> list[list[Job]]:
@@ -678,12 +675,7 @@ def settings_of(args: argparse.Namespace) -> ZooSettings:
 
 def run(args: argparse.Namespace, verdict: Verdict | None = None) -> int:
     """Train this process's share of the zoo."""
-    try:
-        turn, of = map(int, args.part.split("/"))
-    except ValueError:
-        raise TrainingError(f"--part is '{args.part}'; give i/n, as in 0/4") from None
-    if not 0 <= turn < of:
-        raise TrainingError(f"--part is '{args.part}'; i counts from 0 to n - 1")
+    turn, of = loop.parsed_part(args.part)
     easel = open_easel(args.base, args.archive)
     jobs = fewer(plan(easel.writer.pictures.concepts), args.only)[turn::of]
     compiled = easel.device.type == "cuda"

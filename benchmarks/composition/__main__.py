@@ -41,6 +41,7 @@ from compose.digest import file_digest
 from compose.errors import ComposeError, RequestError, unknown
 from compose.loading import choose_device
 from compose.retrieval.clip import bundled
+from compose.training.loop import parsed_part
 
 if TYPE_CHECKING:  # its index needs FAISS, which drawing does not
     from compose.retrieval.index import Encoder
@@ -202,7 +203,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--timed", type=int, default=200, help="sets of four that cached and composite are timed on"
     )
     parser.add_argument(
-        "--part", help="i/n: every n-th set from the i-th, for n GPUs; draws and reports nothing"
+        "--part",
+        help="i/n: every n-th set from the i-th, for n GPUs; draws, and leaves the report to a run without it",
     )
     parser.add_argument("--device", help="cuda or cpu (default: the best there is)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the base's own)")
@@ -277,14 +279,6 @@ def _measured(args: argparse.Namespace, device: torch.device, wanted: set[str] |
         testbed.run(part or (0, 1))
         if part is None:
             yield from testbed.report(args.out, args.quick)
-
-
-def parsed_part(text: str) -> tuple[int, int]:
-    """`i/n` -> (i, n). Raises RequestError."""
-    turn, _, of = text.partition("/")
-    if not (turn.isdigit() and of.isdigit() and int(turn) < int(of)):
-        raise RequestError(f"part '{text}' cannot be; give i/n with i from 0 to n - 1, as in 0/2")
-    return int(turn), int(of)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def measure(device: torch.device, quick: bool) -> Iterator[Row]:
     """All rows of this module. Times at FLUX.1-dev's shape need a card with 40 GB and are left out without one;
     `quick` times a toy instead."""
     if quick or _has_room(device):
-        yield from _times(device, quick, runs=2)
+        yield from _times(device, quick, runs=2 if quick else 3)
     yield from _shared(device, quick)
     yield _off_identical(device)
 

@@ -73,9 +73,8 @@ class Shared:
 class FusedSlot(Slot):
     """A slot that kernels may serve. `first`: the weights of a call whose rows are all alike; `shared` and `columns`:
     the common shrink and this site's part of it; `seat` and `both`: its part of a packed row, and what multiplies it,
-    (seat.width, out), of which the layer's weight and `up` are views; `grown`: (out + rank or more, in), of which the layer's
-    weight and `down` are; `formed`: the gate that acts, as its kernel takes
-    it (no names: compiled blocks share their code); `reason`: why it runs in plain torch."""
+    (seat.width, out), of which the layer's weight and `up` are views; `grown`: (out + rank or more, in), of which
+    the layer's weight and `down` are; `formed`: the gate that acts, as its kernel takes it (no names: compiled blocks share their code); `reason`: why it runs in plain torch."""
 
     first: Tensor
     shared: Shared | None = None

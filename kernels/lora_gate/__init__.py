@@ -21,6 +21,7 @@ from compose.kernels.support import (
     check_shape,
     check_unit_stride,
     on_device_of,
+    operator,
 )
 
 __all__ = ["MOST", "VECTORS", "Form", "form_of", "gate_stats", "lora_gate"]
@@ -130,28 +131,17 @@ def _check_dense(y: Tensor) -> None:
         raise KernelError(f"y of shape {tuple(y.shape)} has strides {y.stride()}; expected it contiguous")
 
 
-_LIBRARY = torch.library.Library("lora_compose", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define(
-    "gate_stats(Tensor y, Tensor hidden, Tensor mean, Tensor gram, Tensor edges) -> Tensor", tags=_TAGS
-)
-_LIBRARY.define(
-    "gate_(Tensor(a!) y, Tensor hidden, Tensor up, Tensor edges, Tensor gate, Tensor stats, int rank) -> ()",
-    tags=_TAGS,
-)
-for _name, _run in (("gate_stats", _stats), ("gate_", _gate)):
-    for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _run, _key)
-
-
-@torch.library.register_fake("lora_compose::gate_stats", lib=_LIBRARY)
 def _fake_stats(y: Tensor, hidden: Tensor, mean: Tensor, gram: Tensor, edges: Tensor) -> Tensor:
     tokens = y.shape[:-1].numel()
     return torch.empty(edges.shape[0], tokens, 2, dtype=torch.float32, device=y.device)
 
 
-@torch.library.register_fake("lora_compose::gate_", lib=_LIBRARY)
-def _fake_gate(
-    y: Tensor, hidden: Tensor, up: Tensor, edges: Tensor, gate: Tensor, stats: Tensor, rank: int
-) -> None:
-    return None
+operator(
+    "gate_stats(Tensor y, Tensor hidden, Tensor mean, Tensor gram, Tensor edges) -> Tensor",
+    _stats,
+    _fake_stats,
+)
+operator(
+    "gate_(Tensor(a!) y, Tensor hidden, Tensor up, Tensor edges, Tensor gate, Tensor stats, int rank) -> ()",
+    _gate,
+)

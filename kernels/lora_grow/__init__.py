@@ -6,26 +6,25 @@ where y belongs. For layers that read more than they write, where copying x (`lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from compose.kernels import lora_mix
-from compose.kernels.choice import CHOICES, TORCH, Key, Tile
+from compose.kernels.choice import TORCH, Plans, Tile, kind
 from compose.kernels.lora_grow import triton as launch
 from compose.kernels.support import (
     KernelError,
     check_like,
+    check_scale,
     check_served,
     check_shape,
     check_unit_stride,
     on_device_of,
+    operator,
 )
 
 __all__ = ["grow", "grown"]
 ALIGN = 16  # rows: so that rows of the product begin at whole sectors of memory
-BUCKET = 256  # tokens that share a choice
 SMALL = Tile("triton", 32, 32)  # all that the CPU's interpreter needs
 TILES = (TORCH, Tile("triton", 64, 128, 0, 8, 2), Tile("triton", 64, 64, 0, 4, 2))  # TORCH: lora_mix instead
 
@@ -49,16 +48,19 @@ def grown(x: Tensor, weight: Tensor, bias: Tensor | None, both: Tensor, up: Tens
     return run(x, weight, bias, both, up, scale)
 
 
-_PLANS: dict[tuple, Tile] = {}
+_PLANS = Plans(SMALL)
 
 
 def _grown(x: Tensor, weight: Tensor, bias: Tensor | None, both: Tensor, up: Tensor, scale: Tensor) -> Tensor:
-    key = (*_kind(x), *_kind(both), *_kind(up), *_kind(scale), bias is None)
+    key = (*kind(x), *kind(both), *kind(up), *kind(scale), bias is None)
     with on_device_of(x):
         tile = _PLANS.get(key)
         if tile is None:
             _check(x, weight, bias, both, up, scale)
-            tile = _tile(key, x, up, scale, lambda tile: _done(x, weight, bias, both, up, scale, tile))
+            shape = ("grown", *up.shape, x.shape[-1], scale.shape[0])
+            tile = _PLANS.choose(
+                key, shape, x, TILES, lambda tile: _done(x, weight, bias, both, up, scale, tile)
+            )
         return _done(x, weight, bias, both, up, scale, tile)
 
 
@@ -75,23 +77,6 @@ def _done(
     return y.view(*x.shape[:-1], out)
 
 
-def _tile(key: tuple, x: Tensor, up: Tensor, scale: Tensor, run: Callable[[Tile], object]) -> Tile:
-    """The choice for this shape, kept under the exact `key` too unless it could not be measured yet."""
-    if x.device.type == "cpu":
-        return _PLANS.setdefault(key, SMALL)
-    tokens = -(-x.shape[:-1].numel() // BUCKET)
-    shape: Key = ("grown", *up.shape, x.shape[-1], scale.shape[0], tokens, str(x.dtype))
-    tile = CHOICES.get(shape) or CHOICES.measured(shape, TILES, run, x.device)
-    if CHOICES.get(shape):
-        _PLANS[key] = tile
-    return tile
-
-
-def _kind(t: Tensor) -> tuple:
-    """All that decides whether a tensor fits."""
-    return t.shape, t.stride(), t.dtype, t.device
-
-
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, both: Tensor, up: Tensor, scale: Tensor) -> None:
     check_served("x", x)
     check_shape("both", both, ("N", x.shape[-1]))
@@ -100,37 +85,21 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, both: Tensor, up: Ten
         raise KernelError(
             f"both has shape {tuple(both.shape)}; expected {sum(up.shape)} rows or more, as up has shape {tuple(up.shape)}"
         )
-    check_shape("scale", scale, ("B", up.shape[1]))
-    if scale.shape[0] not in (1, x.shape[0]):
-        raise KernelError(
-            f"scale has shape {tuple(scale.shape)}; expected ({x.shape[0]}, {up.shape[1]}), as x has shape "
-            f"{tuple(x.shape)}, or one row"
-        )
+    check_scale(scale, x, up.shape[1])
     for name, tensor in (("weight", weight), ("bias", bias), ("both", both), ("up", up)):
         if tensor is not None:
             check_like(name, tensor, x, "x")
             check_unit_stride(name, tensor)
     if bias is not None:
         check_shape("bias", bias, (up.shape[0],))
-    check_like("scale", scale, x, "x", dtype=False)
-    if scale.dtype != torch.float32:
-        raise KernelError(f"scale of shape {tuple(scale.shape)} is {scale.dtype}; expected torch.float32")
-    check_unit_stride("scale", scale)
 
 
-# the operator, for torch.compile
-
-_LIBRARY = torch.library.Library("lora_compose", "FRAGMENT")
-_LIBRARY.define(
-    "grown(Tensor x, Tensor weight, Tensor? bias, Tensor both, Tensor up, Tensor scale) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("grown", _grown, _key)
-
-
-@torch.library.register_fake("lora_compose::grown", lib=_LIBRARY)
-def _fake_grown(
-    x: Tensor, weight: Tensor, bias: Tensor | None, both: Tensor, up: Tensor, scale: Tensor
-) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, both: Tensor, up: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], up.shape[0])
+
+
+operator(
+    "grown(Tensor x, Tensor weight, Tensor? bias, Tensor both, Tensor up, Tensor scale) -> Tensor",
+    _grown,
+    _fake,
+)

@@ -6,26 +6,25 @@ function is a torch operator with a fake implementation where torch compiles, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compose.kernels.choice import CHOICES, TORCH, Key, Tile
+from compose.kernels.choice import TORCH, Plans, Tile, kind
 from compose.kernels.lora_mix import triton as launch
 from compose.kernels.support import (
     KernelError,
     check_like,
+    check_scale,
     check_served,
     check_shape,
     check_unit_stride,
     on_device_of,
+    operator,
 )
 
 __all__ = ["expand_", "linear", "lora_mix", "mix_linear", "shrink"]
-BUCKET = 256  # tokens that share a choice
-SMALL = (Tile("triton", 32, 32, 32),)  # all that the CPU's interpreter needs
+SMALL = Tile("triton", 32, 32, 32)  # all that the CPU's interpreter needs
 SHRINKS = (TORCH, Tile("triton", 16, 0, 256, 4, 3, 1), Tile("triton", 128, 0, 64, 8, 4, 4))
 EXPANDS = (TORCH, Tile("triton", 64, 128, 0, 4, 2), Tile("triton", 128, 128, 0, 8, 2))
 ACCUMULATE = Tile("accumulate")  # the ranks' product first, the base product added to it
@@ -114,18 +113,18 @@ class _MixLinear(torch.autograd.Function):
 
 # what runs: a tile per exact shape, found by checking, then choosing, on the first call
 
-_PLANS: dict[tuple, Tile] = {}
+_PLANS = Plans(SMALL)
 
 
 def _shrink(x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
-    key = (0, *_kind(x)[:3], *_kind(down), *_kind(scale))
+    key = (0, *kind(x)[:3], *kind(down), *kind(scale))
     tile = _PLANS.get(key)
     flat = _flat(x)
     with on_device_of(x):
         if tile is None:
             _check_shrink(x, down, scale)
             shape = ("shrink", *down.shape, scale.shape[0])
-            tile = _tile(key, shape, x, SHRINKS, lambda tile: _shrunk(flat, down, scale, tile))
+            tile = _PLANS.choose(key, shape, x, SHRINKS, lambda tile: _shrunk(flat, down, scale, tile))
         return _shrunk(flat, down, scale, tile).view(*x.shape[:-1], down.shape[0])
 
 
@@ -141,14 +140,14 @@ def _shrunk(x: Tensor, down: Tensor, scale: Tensor, tile: Tile) -> Tensor:
 
 
 def _expand(y: Tensor, hidden: Tensor, up: Tensor) -> None:
-    key = (1, *_kind(y), *_kind(hidden), *_kind(up))
+    key = (1, *kind(y), *kind(hidden), *kind(up))
     tile = _PLANS.get(key)
     with on_device_of(y):
         if tile is None:
             _check_expand(y, hidden, up)
             waste = torch.empty_like(y) if y.is_cuda else y
             shape = ("expand", *up.shape)
-            tile = _tile(key, shape, y, EXPANDS, lambda tile: _expanded(waste, hidden, up, tile))
+            tile = _PLANS.choose(key, shape, y, EXPANDS, lambda tile: _expanded(waste, hidden, up, tile))
         _expanded(y, hidden, up, tile)
 
 
@@ -163,14 +162,16 @@ def _expanded(y: Tensor, hidden: Tensor, up: Tensor, tile: Tile) -> None:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor) -> Tensor:
-    key = (2, *_kind(x), *_kind(weight), *_kind(hidden), *_kind(up), *(() if bias is None else _kind(bias)))
+    key = (2, *kind(x), *kind(weight), *kind(hidden), *kind(up), *(() if bias is None else kind(bias)))
     tile = _PLANS.get(key)
     with on_device_of(x):
         if tile is None:
             _check_linear(x, weight, bias, hidden, up)
             tiles = LINEARS if _describable(x, weight) else LINEARS[:2]
             shape = ("linear", *weight.shape, up.shape[1])
-            tile = _tile(key, shape, x, tiles, lambda tile: _product(x, weight, bias, hidden, up, tile))
+            tile = _PLANS.choose(
+                key, shape, x, tiles, lambda tile: _product(x, weight, bias, hidden, up, tile)
+            )
         return _product(x, weight, bias, hidden, up, tile)
 
 
@@ -191,11 +192,6 @@ def _product(
     return y
 
 
-def _kind(t: Tensor) -> tuple:
-    """All that decides whether a tensor fits, and which way is fastest."""
-    return t.shape, t.dtype, t.device, t.stride()
-
-
 def _flat(x: Tensor) -> Tensor:
     """(tokens, K) with a dense last dimension; a view wherever one exists."""
     flat = x.reshape(-1, x.shape[-1])
@@ -210,33 +206,12 @@ def _describable(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _tile(key: tuple, shape: Key, x: Tensor, tiles: tuple[Tile, ...], run: Callable[[Tile], object]) -> Tile:
-    """The choice for `shape`, kept under the exact `key` too unless it could not be measured yet."""
-    if x.device.type == "cpu":
-        return _PLANS.setdefault(key, SMALL[0])
-    tokens = -(-x.shape[:-1].numel() // BUCKET)
-    kept = (*shape, tokens, str(x.dtype))
-    tile = CHOICES.get(kept) or CHOICES.measured(kept, tiles, run, x.device)
-    if CHOICES.get(kept):
-        _PLANS[key] = tile
-    return tile
-
-
 def _check_shrink(x: Tensor, down: Tensor, scale: Tensor) -> None:
     check_served("x", x)
     check_shape("down", down, ("R", x.shape[-1]))
-    check_shape("scale", scale, ("B", down.shape[0]))
-    if scale.shape[0] not in (1, x.shape[0]):
-        raise KernelError(
-            f"scale has shape {tuple(scale.shape)}; expected ({x.shape[0]}, {down.shape[0]}), as x has shape "
-            f"{tuple(x.shape)}, or one row"
-        )
+    check_scale(scale, x, down.shape[0])
     check_like("down", down, x, "x")
-    check_like("scale", scale, x, "x", dtype=False)
-    if scale.dtype != torch.float32:
-        raise KernelError(f"scale of shape {tuple(scale.shape)} is {scale.dtype}; expected torch.float32")
     check_unit_stride("down", down)
-    check_unit_stride("scale", scale)
 
 
 def _check_expand(y: Tensor, hidden: Tensor, up: Tensor) -> None:
@@ -264,30 +239,16 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor
         check_shape("bias", bias, (weight.shape[0],))
 
 
-# operators, for torch.compile
-
-_LIBRARY = torch.library.Library("lora_compose", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define("shrink(Tensor x, Tensor down, Tensor scale) -> Tensor", tags=_TAGS)
-_LIBRARY.define("expand_(Tensor(a!) y, Tensor hidden, Tensor up) -> ()", tags=_TAGS)
-_LIBRARY.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor hidden, Tensor up) -> Tensor", tags=_TAGS
-)
-for _name, _run in (("shrink", _shrink), ("expand_", _expand), ("linear", _linear)):
-    for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _run, _key)
-
-
-@torch.library.register_fake("lora_compose::shrink", lib=_LIBRARY)
 def _fake_shrink(x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], down.shape[0])
 
 
-@torch.library.register_fake("lora_compose::expand_", lib=_LIBRARY)
-def _fake_expand(y: Tensor, hidden: Tensor, up: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("lora_compose::linear", lib=_LIBRARY)
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, up: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+operator("shrink(Tensor x, Tensor down, Tensor scale) -> Tensor", _shrink, _fake_shrink)
+operator("expand_(Tensor(a!) y, Tensor hidden, Tensor up) -> ()", _expand)
+operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor hidden, Tensor up) -> Tensor", _linear, _fake_linear
+)

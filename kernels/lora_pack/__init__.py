@@ -4,26 +4,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compose.kernels.choice import CHOICES, TORCH, Key, Tile
+from compose.kernels.choice import TORCH, Plans, Tile, kind
 from compose.kernels.lora_pack import triton as launch
 from compose.kernels.lora_pack.layout import Layout, Seat, layout
 from compose.kernels.support import (
     KernelError,
     check_like,
+    check_scale,
     check_served,
     check_shape,
     check_unit_stride,
     on_device_of,
+    operator,
 )
 
 __all__ = ["Layout", "Packing", "Seat", "layout", "product"]
-BUCKET = 256  # tokens that share a choice
 SMALL = Tile("triton", 16, 0, 32)  # all that the CPU's interpreter needs
 TILES = (TORCH, Tile("triton", 16, 0, 128, 4, 4), Tile("triton", 32, 0, 128, 4, 3))
 
@@ -60,21 +59,24 @@ def product(packed: Tensor, seat: Seat, weight: Tensor, bias: Tensor | None) -> 
     return torch.mm(own, weight) if bias is None else torch.addmm(bias, own, weight)
 
 
-_PLANS: dict[tuple, Tile] = {}
+_PLANS = Plans(SMALL)
 
 
 def _pack(
     x: Tensor, down: Tensor, scale: Tensor, places: Tensor, width: int, first: int, pitch: int, copies: int
 ) -> Tensor:
     row = Layout(width, first, pitch, copies, (0,) * places.shape[0], ())
-    key = (*_kind(x), *_kind(down), *_kind(scale), width)
+    key = (*kind(x), *kind(down), *kind(scale), width)
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     with on_device_of(x):
         tile = _PLANS.get(key)
         if tile is None:
             _check(x, down, scale, places)
-            tile = _tile(key, flat, scale, width, lambda tile: _packed(flat, down, scale, places, row, tile))
+            shape = ("pack", *scale.shape, flat.shape[1], width)
+            tile = _PLANS.choose(
+                key, shape, flat, TILES, lambda tile: _packed(flat, down, scale, places, row, tile)
+            )
         return _packed(flat, down, scale, places, row, tile)
 
 
@@ -87,53 +89,23 @@ def _packed(x: Tensor, down: Tensor, scale: Tensor, places: Tensor, row: Layout,
     return out
 
 
-def _tile(key: tuple, x: Tensor, scale: Tensor, width: int, run: Callable[[Tile], object]) -> Tile:
-    """The choice for this shape, kept under the exact `key` too unless it could not be measured yet."""
-    if x.device.type == "cpu":
-        return _PLANS.setdefault(key, SMALL)
-    shape: Key = ("pack", *scale.shape, x.shape[1], width, -(-x.shape[0] // BUCKET), str(x.dtype))
-    tile = CHOICES.get(shape) or CHOICES.measured(shape, TILES, run, x.device)
-    if CHOICES.get(shape):
-        _PLANS[key] = tile
-    return tile
-
-
-def _kind(t: Tensor) -> tuple:
-    """All that decides whether a tensor fits."""
-    return t.shape, t.stride(), t.dtype, t.device
-
-
 def _check(x: Tensor, down: Tensor, scale: Tensor, places: Tensor) -> None:
     check_served("x", x)
     check_shape("down", down, ("R", x.shape[-1]))
-    check_shape("scale", scale, ("B", down.shape[0]))
-    if scale.shape[0] not in (1, x.shape[0]):
-        raise KernelError(
-            f"scale has shape {tuple(scale.shape)}; expected ({x.shape[0]}, {down.shape[0]}), as x has shape "
-            f"{tuple(x.shape)}, or one row"
-        )
+    check_scale(scale, x, down.shape[0])
     check_like("down", down, x, "x")
-    for name, tensor in (("scale", scale), ("places", places)):
-        check_like(name, tensor, x, "x", dtype=False)
-    if scale.dtype != torch.float32:
-        raise KernelError(f"scale of shape {tuple(scale.shape)} is {scale.dtype}; expected torch.float32")
+    check_like("places", places, x, "x", dtype=False)
     check_unit_stride("down", down)
-    check_unit_stride("scale", scale)
 
 
-# the operator, for torch.compile
-
-_LIBRARY = torch.library.Library("lora_compose", "FRAGMENT")
-_LIBRARY.define(
-    "pack(Tensor x, Tensor down, Tensor scale, Tensor places, int width, int first, int pitch, int copies) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("pack", _pack, _key)
-
-
-@torch.library.register_fake("lora_compose::pack", lib=_LIBRARY)
-def _fake_pack(
+def _fake(
     x: Tensor, down: Tensor, scale: Tensor, places: Tensor, width: int, first: int, pitch: int, copies: int
 ) -> Tensor:
     return x.new_empty(x.shape[:-1].numel(), width)
+
+
+operator(
+    "pack(Tensor x, Tensor down, Tensor scale, Tensor places, int width, int first, int pitch, int copies) -> Tensor",
+    _pack,
+    _fake,
+)

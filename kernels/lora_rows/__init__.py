@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compose.kernels.choice import Tile
 from compose.kernels.lora_rows import triton as launch
-from compose.kernels.support import KernelError, check_like, check_served, check_shape, on_device_of
+from compose.kernels.support import KernelError, check_like, check_served, check_shape, on_device_of, operator
 
 __all__ = ["DENSE", "lora_rows"]
 DENSE = 128  # ranks; up to here both products are bound by reading x and y, whatever the ranks
@@ -58,15 +58,4 @@ def _check(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Non
         raise KernelError(f"y of shape {tuple(y.shape)} has strides {y.stride()}; expected it contiguous")
 
 
-_LIBRARY = torch.library.Library("lora_compose", "FRAGMENT")
-_LIBRARY.define(
-    "rows_(Tensor(a!) y, Tensor x, Tensor down, Tensor up, Tensor scale) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("rows_", _rows, _key)
-
-
-@torch.library.register_fake("lora_compose::rows_", lib=_LIBRARY)
-def _fake_rows(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> None:
-    return None
+operator("rows_(Tensor(a!) y, Tensor x, Tensor down, Tensor up, Tensor scale) -> ()", _rows)

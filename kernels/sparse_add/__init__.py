@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compose.kernels.sparse_add import triton as launch
-from compose.kernels.support import KernelError, check_like, check_served, check_shape, on_device_of
+from compose.kernels.support import KernelError, check_like, check_served, check_shape, on_device_of, operator
 
 __all__ = ["sparse_add_", "sparse_restore_"]
 
@@ -73,22 +73,11 @@ def _restore(weight: Tensor, index: Tensor, kept: Tensor) -> None:
             launch.launch_restore(weight, index, kept)
 
 
-_LIBRARY = torch.library.Library("lora_compose", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define(
-    "sparse_add_(Tensor(a!) weight, Tensor index, Tensor value, Tensor scale) -> Tensor", tags=_TAGS
-)
-_LIBRARY.define("sparse_restore_(Tensor(a!) weight, Tensor index, Tensor kept) -> ()", tags=_TAGS)
-for _name, _run in (("sparse_add_", _add), ("sparse_restore_", _restore)):
-    for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _run, _key)
-
-
-@torch.library.register_fake("lora_compose::sparse_add_", lib=_LIBRARY)
 def _fake_add(weight: Tensor, index: Tensor, value: Tensor, scale: Tensor) -> Tensor:
     return weight.new_empty(index.shape[0])
 
 
-@torch.library.register_fake("lora_compose::sparse_restore_", lib=_LIBRARY)
-def _fake_restore(weight: Tensor, index: Tensor, kept: Tensor) -> None:
-    return None
+operator(
+    "sparse_add_(Tensor(a!) weight, Tensor index, Tensor value, Tensor scale) -> Tensor", _add, _fake_add
+)
+operator("sparse_restore_(Tensor(a!) weight, Tensor index, Tensor kept) -> ()", _restore)
